@@ -1,0 +1,100 @@
+"""Group-relative credit: a sample is as good as it is better than its siblings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from regimen.knobs import Knob
+from regimen.rollout import Rollout
+
+Spread = Literal["group", "batch"]
+
+
+def group_relative(
+    rewards: Tensor,
+    group: Tensor,
+    *,
+    std: Spread | None = "group",
+    ddof: int = 1,
+    eps: float = 1e-4,
+    include: Tensor | None = None,
+) -> Tensor:
+    """Advantages `(R - mean of its group) / (std + eps)` (GRPO, Shao et al. 2024, section 4.1.2).
+
+    Args:
+        rewards: `[B]`.
+        group: int64 `[B]`, equal for siblings.
+        std: deviation of the `"group"` or of the whole `"batch"` (Flow-GRPO's global std), or `None` to leave
+            the difference unscaled (Dr. GRPO).
+        ddof: 1 for the sample deviation, 0 for the population's.
+        eps: added to the deviation.
+        include: bool `[B]`; samples left out count nowhere and get 0. All by default.
+
+    Returns:
+        `[B]`. A group of which one sample is left gets 0.
+
+    Raises:
+        ValueError: unequal shapes, an unknown `std`, or every group has a single sample.
+    """
+    if rewards.ndim != 1 or rewards.shape != group.shape:
+        raise ValueError(f"group_relative: rewards {list(rewards.shape)} and group {list(group.shape)}, expected [B]")
+    if std not in (None, *get_args(Spread)):
+        raise ValueError(f"group_relative: std '{std}' is not one of group, batch, None")
+    include = torch.ones_like(group, dtype=torch.bool) if include is None else include
+    _, index = group.unique(return_inverse=True)
+    groups = int(index.max()) + 1 if len(index) else 0
+    if groups and groups == len(index):
+        raise ValueError(
+            f"group_relative: all {groups} groups have one sample, so nothing is relative to anything; "
+            "ask the task for group_size >= 2, or use a credit with a learned or running baseline"
+        )
+    weight = include.to(rewards.dtype)
+    count = torch.zeros(groups, dtype=rewards.dtype, device=rewards.device).index_add_(0, index, weight)
+    centred = (rewards - _group_mean(rewards * weight, index, count)) * weight
+    if std is None:
+        return centred
+    if std == "batch":
+        total = weight.sum().clamp(min=1)
+        around = (rewards - (rewards * weight).sum() / total) * weight
+        return centred / ((around.square().sum() / (total - ddof).clamp(min=1)).sqrt() + eps)
+    variance = torch.zeros_like(count).index_add_(0, index, centred.square()) / (count - ddof).clamp(min=1)
+    return centred / (variance.sqrt()[index] + eps)
+
+
+def _group_mean(values: Tensor, index: Tensor, count: Tensor) -> Tensor:
+    return (torch.zeros_like(count).index_add_(0, index, values) / count.clamp(min=1))[index]
+
+
+@dataclass(frozen=True)
+class GroupRelativeAdvantage:
+    """Group-relative advantages, copied to every step of a sample; see `group_relative`.
+
+    A reward per step is summed over the steps first. `clip` bounds the advantages on both sides.
+    """
+
+    std: Spread | None = "group"
+    ddof: int = 1
+    eps: float = 1e-4
+    clip: float | None = None
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """It reads none."""
+        return ()
+
+    def __call__(self, rollout: Rollout, knobs: Mapping[str, float]) -> Rollout:
+        """The rollout with `advantages [B, T]`; samples that left the loss count nowhere."""
+        if rollout.reward is None:
+            raise ValueError("GroupRelativeAdvantage: the rollout has no reward; give the stage a reward that trains")
+        total = rollout.reward if rollout.reward.ndim == 1 else (rollout.reward * rollout.mask).sum(1)
+        advantage = group_relative(
+            total, rollout.group, std=self.std, ddof=self.ddof, eps=self.eps, include=rollout.loss_mask.any(1)
+        )
+        if self.clip is not None:
+            advantage = advantage.clamp(-self.clip, self.clip)
+        return rollout.replace(advantages=advantage[:, None] * rollout.loss_mask)

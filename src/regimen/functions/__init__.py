@@ -1,0 +1,28 @@
+"""Formulas that two or more folders share: pure functions, tensors in, tensors out."""
+
+from regimen.functions.aggregate import aggregate_weights, masked_mean
+from regimen.functions.divergences import gaussian_kl, kl_estimate
+from regimen.functions.flow import (
+    flow_sde_coefficients,
+    flow_sde_step,
+    gaussian_logprob,
+    interpolate,
+    shifted_sigmas,
+    velocity_target,
+)
+from regimen.functions.images import closeness, nearest_distance
+
+__all__ = [
+    "aggregate_weights",
+    "closeness",
+    "flow_sde_coefficients",
+    "flow_sde_step",
+    "gaussian_kl",
+    "gaussian_logprob",
+    "interpolate",
+    "kl_estimate",
+    "masked_mean",
+    "nearest_distance",
+    "shifted_sigmas",
+    "velocity_target",
+]

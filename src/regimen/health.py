@@ -1,0 +1,96 @@
+"""Health: a few cheap facts of every iteration, and a warning that names the knob to turn when one goes bad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from regimen.rewards.base import SCORED
+from regimen.rollout import Rollout
+
+RATIO_TOLERANCE = 1e-3
+SILENT_AFTER = 20
+
+
+class HealthMonitor:
+    """Watches a stage: `observe` returns an iteration's facts; `warnings` counts what was found wrong."""
+
+    def __init__(self) -> None:
+        self.warnings: dict[str, int] = {}
+        self._silent: dict[str, int] = {}
+        self.fresh: list[str] = []
+
+    def observe(
+        self,
+        rollout: Rollout,
+        metrics: Mapping[str, float],
+        *,
+        expected_tasks: tuple[str, ...] = (),
+        first_ratio_deviation: float | None = None,
+        skipped: int = 0,
+    ) -> dict[str, float]:
+        """Facts of this iteration; `fresh` then holds the warnings to show (each at counts 1, 10, 100, ...)."""
+        self.fresh = []
+        facts: dict[str, float] = {}
+        counts = rollout.task_counts()
+        for task in expected_tasks:
+            if counts.get(task, 0) == 0:
+                self._warn(f"task '{task}' has no sample in the batch; raise batch_size or the knob mixture/{task}")
+        if rollout.reward is not None:
+            facts["health/flat_groups"] = flat_groups(rollout)
+            if facts["health/flat_groups"] > 0.9:
+                self._warn(
+                    "over 90 % of the groups have no spread of reward, so they teach nothing; raise the knob "
+                    "temperature or noise_level, the group size, or the spread of difficulty"
+                )
+        if "truncated" in rollout.columns.keys():
+            facts["health/truncated"] = float(rollout["truncated"].float().mean())
+            if facts["health/truncated"] > 0.5:
+                self._warn("over half of the samples were cut off at the length limit; raise the limit")
+        self._components(rollout)
+        for name, value in metrics.items():
+            if name.endswith("/grad_norm") and value == 0:
+                self._warn(f"{name} is 0: nothing was learned in this iteration; look at health/flat_groups")
+        if first_ratio_deviation is not None and first_ratio_deviation > RATIO_TOLERANCE:
+            self._warn(
+                f"the ratio before the first update is off by {first_ratio_deviation:.2g}; the policy is not scored "
+                "as it was sampled (dropout, another guidance scale, half precision)"
+            )
+        if skipped:
+            self._warn("a gradient step was skipped because its loss or gradient was not finite; lower the learning rate")
+        return facts
+
+    def _components(self, rollout: Rollout) -> None:
+        for name, status in rollout.status.items() if rollout.status is not None else ():
+            value = rollout.rewards[name]
+            scored = status == SCORED
+            fired = bool((value[scored] != 0).any()) or not bool(scored.any())
+            self._silent[name] = 0 if fired else self._silent.get(name, 0) + 1
+            if self._silent[name] == SILENT_AFTER:
+                self._warn(f"reward component '{name}' has been 0 for {SILENT_AFTER} iterations; is it ever earned?")
+
+    def _warn(self, text: str) -> None:
+        count = self.warnings[text] = self.warnings.get(text, 0) + 1
+        if str(count).rstrip("0") == "1":
+            self.fresh.append(text if count == 1 else f"{text} ({count} times)")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts so far."""
+        return {"warnings": dict(self.warnings), "silent": dict(self._silent)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the counts."""
+        self.warnings, self._silent = dict(state["warnings"]), dict(state["silent"])
+
+
+def flat_groups(rollout: Rollout) -> float:
+    """Share of groups (of two samples or more) whose members all have the same total reward."""
+    total = rollout.reward if rollout.reward.ndim == 1 else (rollout.reward * rollout.mask).sum(1)
+    _, index, size = rollout.group.unique(return_inverse=True, return_counts=True)
+    start = torch.full((len(size),), torch.inf, device=total.device)
+    low = start.scatter_reduce(0, index, total, "amin")
+    high = (-start).scatter_reduce(0, index, total, "amax")
+    several = size > 1
+    return float(((high == low) & several).sum() / several.sum().clamp(min=1))

@@ -1,0 +1,110 @@
+"""The learn step: gradient steps of one update, with losses that are not finite kept away from the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regimen.cast import Cast
+from regimen.memory import Memory
+from regimen.objectives.base import Batch
+from regimen.rollout import Rollout
+from regimen.update import Update
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the gradient steps of one iteration did.
+
+    Attributes:
+        metrics: means over the gradient steps that were taken, named `<update>/<metric>`.
+        gradient_steps: how many were taken.
+        skipped: how many were not, because the loss or the gradient was not finite.
+        first_ratio_deviation: largest `|ratio - 1|` before the first step; 0 for a sound on-policy update.
+    """
+
+    metrics: dict[str, float]
+    gradient_steps: int
+    skipped: int
+    first_ratio_deviation: float | None
+
+
+class Learner:
+    """One update at work in one stage: it owns the optimiser."""
+
+    def __init__(self, update: Update, cast: Cast) -> None:
+        self.update = update
+        self._parameters = cast.trainable(update.members)
+        self._optimizer = update.build_optimizer(self._parameters)
+
+    def learn(self, memory: Memory, cast: Cast, knobs: Mapping[str, float], rng: torch.Generator) -> Learned:
+        """Take this iteration's gradient steps."""
+        self._set_learning_rate(knobs)
+        taken: list[dict[str, Tensor]] = []
+        skipped, first = 0, None
+        for rollout in self.update.batches(memory, rng):
+            if len(rollout) == 0:
+                continue
+            metrics = self._accumulate(rollout, cast, knobs, rng)
+            if first is None and "ratio_deviation" in metrics:
+                first = float(metrics["ratio_deviation"])
+            norm = self._clip()
+            if math.isfinite(float(norm)) and math.isfinite(float(metrics["loss"])):
+                self._optimizer.step()
+                taken.append({**metrics, "grad_norm": norm})
+            else:
+                skipped += 1
+        for name in self.update.members:
+            if hasattr(cast[name], "version"):
+                cast[name].version += len(taken) > 0
+        means = {
+            f"{self.update.name}/{name}": float(torch.stack([step[name] for step in taken]).mean())
+            for name in (taken[0] if taken else ())
+        }
+        return Learned(means, len(taken), skipped, first)
+
+    def _accumulate(
+        self, rollout: Rollout, cast: Cast, knobs: Mapping[str, float], rng: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Gradients of one minibatch, micro-batch by micro-batch; metrics weighted by their samples."""
+        self._optimizer.zero_grad(set_to_none=True)
+        size = self.update.micro_batch or len(rollout)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(rollout), size):
+            rows = slice(start, start + size)
+            part = rollout if size >= len(rollout) else rollout[rows]
+            batch = Batch(part, cast, knobs, rng, normaliser=rollout.loss_mask, rows=rows)
+            loss = self.update.objective(batch)
+            if not loss.total.requires_grad:
+                raise ValueError(
+                    f"update '{self.update.name}': the loss does not depend on any trainable parameter of "
+                    f"{', '.join(self.update.members)}; check which member the objective trains"
+                )
+            loss.total.backward()
+            shares = {name: value.detach() * batch.share for name, value in loss.metrics.items()}
+            losses = {f"loss/{name}": value.detach() for name, value in loss.components.items()}
+            for name, value in {"loss": loss.total.detach(), **losses, **shares}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def _clip(self) -> Tensor:
+        limit = self.update.max_grad_norm
+        return torch.nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit)
+
+    def _set_learning_rate(self, knobs: Mapping[str, float]) -> None:
+        if not isinstance(self.update.learning_rate, float | int):
+            for group in self._optimizer.param_groups:
+                group["lr"] = knobs[self.update.learning_rate.name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the optimiser."""
+        self._optimizer.load_state_dict(dict(state))

@@ -1,0 +1,175 @@
+"""What an objective is: it turns a batch into a loss, and it composes with others by plain arithmetic."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regimen.functions.aggregate import Aggregate, aggregate_weights
+from regimen.knobs import Knob, Weight
+from regimen.policies.base import StepDistribution
+from regimen.rollout import Rollout
+
+
+@dataclass
+class Batch:
+    """What an objective computes its loss from.
+
+    It may be a slice of a larger minibatch whose gradients are accumulated: `normaliser` is the whole
+    minibatch's loss mask and `rows` says which of its rows are here, so that the losses of all slices sum to the
+    loss of the whole.
+
+    Attributes:
+        rollout: `B` samples.
+        cast: the regimen's named modules.
+        knobs: the values in force.
+        rng: for objectives that draw (noise levels, perturbations).
+    """
+
+    rollout: Rollout
+    cast: Mapping[str, Any]
+    knobs: Mapping[str, float]
+    rng: torch.Generator
+    normaliser: Tensor | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+    _distributions: dict[str, StepDistribution] = field(default_factory=dict)
+
+    def weights(self, aggregate: Aggregate, horizon: int | None = None) -> Tensor:
+        """`[B, T]`: the sum of a loss per step under these weights is its aggregate over the minibatch."""
+        whole = self.rollout.loss_mask if self.normaliser is None else self.normaliser
+        return aggregate_weights(whole, aggregate, horizon)[self.rows]
+
+    @property
+    def share(self) -> float:
+        """This slice's share of the minibatch's samples, for losses that are means over samples."""
+        return 1.0 if self.normaliser is None else len(self.rollout) / len(self.normaliser)
+
+    def distribution(self, member: str = "policy") -> StepDistribution:
+        """A member's distribution at the steps that are learned from, computed once for all objectives.
+
+        A frozen member is run without gradients.
+        """
+        if member not in self._distributions:
+            policy = self.member(member)
+            frozen = isinstance(policy, nn.Module) and not any(p.requires_grad for p in policy.parameters())
+            with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
+                self._distributions[member] = policy.distribution(self.rollout, self.rollout.loss_mask)
+        return self._distributions[member]
+
+    def member(self, name: str) -> Any:
+        """A member of the cast; `KeyError` with those there are."""
+        if name not in self.cast:
+            raise KeyError(f"the cast has no member '{name}'; it has: {', '.join(self.cast)}")
+        return self.cast[name]
+
+    def require(self, field_name: str, owner: str, remedy: str) -> Tensor:
+        """A field of the rollout, or `ValueError` that says who needs it and how to get it."""
+        value: Tensor | None = getattr(self.rollout, field_name)
+        if value is None:
+            tasks = "/".join(self.rollout.task_names)
+            raise ValueError(f"{owner} needs '{field_name}', which the rollout of task {tasks} lacks; {remedy}")
+        return value
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what it is made of.
+
+    Attributes:
+        total: scalar with a gradient.
+        components: named losses as they entered the sum, before weighting, with their gradients.
+        metrics: named scalars to log (means over the slice, averaged over slices and steps).
+    """
+
+    total: Tensor
+    components: dict[str, Tensor]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(ABC):
+    """A loss; `+`, `-` and `*` (by a number or a `Knob`) compose. Subclass it and write `loss`."""
+
+    name: str = "objective"
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """The knobs that it reads."""
+        return ()
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """A scalar loss, or a scalar loss and metrics."""
+
+    def __call__(self, batch: Batch) -> Loss:
+        """The loss with its components and metrics named."""
+        result = self.loss(batch)
+        value, metrics = result if isinstance(result, tuple) else (result, {})
+        return Loss(value, {self.name: value}, metrics)
+
+    def leaves(self) -> Iterator[Objective]:
+        """The objectives of a sum; itself otherwise."""
+        yield self
+
+    def __add__(self, other: Objective) -> SumObjective:
+        return SumObjective([*_terms(self), *_terms(other)])
+
+    def __sub__(self, other: Objective) -> SumObjective:
+        return self + other * -1.0
+
+    def __mul__(self, other: float | Knob) -> Objective:
+        if isinstance(other, Knob):
+            return SumObjective([(Weight.of(other, self.name), self)])
+        if isinstance(self, SumObjective):
+            return SumObjective([(weight.times(other), term) for weight, term in self.terms])
+        return SumObjective([(Weight.of(abs(other), self.name).times(-1.0 if other < 0 else 1.0), self)])
+
+    __rmul__ = __mul__
+
+
+class SumObjective(Objective):
+    """A weighted sum of objectives, which keeps the named component losses."""
+
+    name = "total"
+
+    def __init__(self, terms: list[tuple[Weight, Objective]]) -> None:
+        names = [term.name for _, term in terms]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two terms of one objective are called {', '.join(twice)}; give one another name")
+        self.terms = terms
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """The weights, and what the terms read."""
+        return tuple(w.knob for w, _ in self.terms) + tuple(k for _, term in self.terms for k in term.knobs)
+
+    def leaves(self) -> Iterator[Objective]:
+        """The objectives of all terms."""
+        for _, term in self.terms:
+            yield from term.leaves()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The weighted sum."""
+        return self(batch).total
+
+    def __call__(self, batch: Batch) -> Loss:
+        """The weighted sum; a term of weight 0 is not computed."""
+        factors = [(weight.value(batch.knobs), term) for weight, term in self.terms]
+        losses = [(factor, term(batch)) for factor, term in factors if factor != 0]
+        if not losses:
+            raise ValueError(f"every term of the objective has weight 0 ({', '.join(t.name for _, t in self.terms)})")
+        total = torch.stack([factor * loss.total for factor, loss in losses]).sum()
+        components = {name: value for _, loss in losses for name, value in loss.components.items()}
+        metrics = {name: value for _, loss in losses for name, value in loss.metrics.items()}
+        return Loss(total, components, metrics)
+
+
+def _terms(objective: Objective) -> list[tuple[Weight, Objective]]:
+    if isinstance(objective, SumObjective):
+        return list(objective.terms)
+    return [(Weight.of(1.0, objective.name), objective)]

@@ -1,0 +1,83 @@
+"""The clipped surrogate of PPO and GRPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regimen.functions.aggregate import Aggregate, masked_mean
+from regimen.objectives.base import Batch, Objective
+
+
+def clipped_surrogate(
+    logprob: Tensor, behaviour_logprob: Tensor, advantage: Tensor, clip: float, clip_high: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss per step `max(-A rho, -A clip(rho, 1 - clip, 1 + clip_high))` (Schulman et al. 2017, eq. 7).
+
+    Args:
+        logprob: the policy's log-probabilities, any shape.
+        behaviour_logprob: those recorded while sampling, same shape.
+        advantage: same shape.
+        clip: range below 1, and above it unless `clip_high` is given (DAPO's clip-higher).
+        clip_high: range above 1.
+
+    Returns:
+        The loss per step and the ratio `rho`, both of the same shape.
+
+    Raises:
+        ValueError: unequal shapes or a clip range that is not positive.
+    """
+    if not logprob.shape == behaviour_logprob.shape == advantage.shape:
+        raise ValueError(
+            f"clipped_surrogate: shapes {list(logprob.shape)}, {list(behaviour_logprob.shape)} and "
+            f"{list(advantage.shape)} differ"
+        )
+    if clip <= 0 or (clip_high is not None and clip_high <= 0):
+        raise ValueError(f"clipped_surrogate: clip={clip}, clip_high={clip_high}; expected > 0")
+    ratio = (logprob - behaviour_logprob).exp()
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+
+
+@dataclass(frozen=True)
+class ClippedSurrogateObjective(Objective):
+    """The clipped surrogate on the rollout's advantages, for any policy with log-probabilities.
+
+    Attributes:
+        clip, clip_high: see `clipped_surrogate`.
+        aggregate: how steps are weighted, see `aggregate_weights`: `"sequence"` is GRPO's, `"token"` with a
+            constant number of steps is PPO's mean over all steps.
+        member: the member that is trained.
+    """
+
+    clip: float = 0.2
+    clip_high: float | None = None
+    aggregate: Aggregate = "sequence"
+    horizon: int | None = None
+    member: str = "policy"
+    name: str = "surrogate"
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the weighted loss per step; metrics `ratio`, `clip_share`, `approx_kl`."""
+        advantage = batch.require("advantages", "ClippedSurrogateObjective", "give the stage a credit")
+        behaviour = batch.require(
+            "logprobs",
+            "ClippedSurrogateObjective",
+            "sample with a stochastic policy (a flow policy needs knob noise_level > 0)",
+        )
+        mask = batch.rollout.loss_mask
+        logprob = batch.distribution(self.member).logprob
+        per_step, ratio = clipped_surrogate(
+            logprob, torch.where(mask, behaviour, 0), advantage, self.clip, self.clip_high
+        )
+        with torch.no_grad():
+            deviation = (ratio - 1).abs()
+            metrics = {
+                "ratio_deviation": torch.where(mask, deviation, 0).amax(),
+                "clip_share": masked_mean((deviation > self.clip).float(), mask),
+                "approx_kl": masked_mean(ratio - 1 - ratio.log(), mask),
+            }
+        weights = batch.weights(self.aggregate, self.horizon)
+        return torch.where(mask, per_step * weights, 0).sum(), metrics

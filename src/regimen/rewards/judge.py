@@ -1,0 +1,61 @@
+"""The judge step: a reward's answer written into the rollout, with the three outcomes counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regimen.rewards.base import FAILED, NOT_APPLICABLE, SCORED, Expression, Scene, Score
+from regimen.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class JudgeReport:
+    """What happened while judging.
+
+    Attributes:
+        counts: per (task, component), how many samples were scored, not applicable, failed.
+        failed: samples that leave training because a component that trains failed.
+        errors: first reasons, one line each.
+    """
+
+    counts: dict[tuple[str, str], tuple[int, int, int]]
+    failed: int
+    errors: tuple[str, ...]
+
+
+def judge(reward: Expression, rollout: Rollout, scene: Scene) -> tuple[Rollout, JudgeReport]:
+    """The rollout with raw components, their status and the total; unscored samples leave the loss.
+
+    `rewards` holds NaN where a component did not score; `reward` is the total that credit consumes, 0 where
+    there is none, and such samples have `loss_mask` False, so that they leave their group.
+    """
+    answer = reward.judge(rollout, scene)
+    rewards = {name: _raw(score) for name, score in answer.components.items()}
+    status = {name: score.status for name, score in answer.components.items()}
+    errors = tuple(dict.fromkeys(error for score in answer.components.values() for error in score.errors))
+    judged = rollout.replace(rewards=rewards, status=status)
+    failed = 0
+    if answer.total is not None:
+        scored = answer.total.status == SCORED
+        value = torch.where(scored if answer.total.value.ndim == 1 else scored[:, None], answer.total.value, 0)
+        judged = judged.replace(reward=value, loss_mask=rollout.loss_mask & scored[:, None])
+        failed = int((answer.total.status == FAILED).sum())
+    return judged, JudgeReport(_counts(judged), failed, errors[:5])
+
+
+def _raw(score: Score) -> Tensor:
+    scored = score.status == SCORED
+    return torch.where(scored if score.value.ndim == 1 else scored[:, None], score.value, torch.nan)
+
+
+def _counts(rollout: Rollout) -> dict[tuple[str, str], tuple[int, int, int]]:
+    counts = {}
+    tasks = len(rollout.task_names)
+    for component, status in rollout.status.items():
+        table = torch.bincount(rollout.task * 3 + status.long(), minlength=3 * tasks).view(tasks, 3).tolist()
+        for task, row in zip(rollout.task_names, table, strict=True):
+            counts[task, component] = (row[SCORED], row[NOT_APPLICABLE], row[FAILED])
+    return counts

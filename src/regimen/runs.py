@@ -1,0 +1,173 @@
+"""A run is a folder: configuration, metrics, checkpoints, samples. A kill at any moment leaves it readable."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from regimen.storage import StorageError, load_tree, save_tree, write_text
+
+KEPT_CHECKPOINTS = 2
+
+
+class RunError(RuntimeError):
+    """A run cannot start, continue or go on; the message says why and what to do."""
+
+
+class RunFolder:
+    """Where a run writes. Every file appears whole or not at all; metrics are appended line by line."""
+
+    def __init__(self, path: Path | str, config: Mapping[str, Any], resume: bool) -> None:
+        """Open a folder, new or to be continued.
+
+        Raises:
+            RunError: it cannot be written, it already holds a run and `resume` is False, or it holds a run with
+                other settings.
+        """
+        self.path = Path(path)
+        self._checkpoints = self.path / "checkpoints"
+        self._metrics = self.path / "metrics.jsonl"
+        try:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.path / "samples").mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"the run folder {self.path} cannot be written: {error}") from error
+        existing = self.path / "config.json"
+        if existing.exists() and not resume and self._metrics.exists():
+            raise RunError(f"{self.path} already holds a run; continue it with resume, or choose another folder")
+        config = json.loads(json.dumps(config))
+        if existing.exists() and resume:
+            _check_same_config(json.loads(existing.read_text()), config, self.path)
+        write_text(existing, json.dumps(config, indent=1))
+        self._board: Any = None
+
+    def restore(self) -> Any | None:
+        """The newest readable checkpoint's state, with the metrics cut back to it; `None` if there is none."""
+        state = None
+        for path in sorted(self._checkpoints.glob("*.safetensors"), reverse=True):
+            try:
+                state = load_tree(path)
+                break
+            except StorageError as error:
+                warnings.warn(f"{error}; falling back to the checkpoint before", stacklevel=2)
+        size = 0 if state is None else int(state["metrics_bytes"])
+        if self._metrics.exists():
+            with self._metrics.open("r+b") as file:
+                file.truncate(size)
+        return state
+
+    def checkpoint(self, state: Mapping[str, Any], number: int) -> None:
+        """Save a state under a growing number, and drop the older ones."""
+        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        save_tree(self._checkpoints / f"{number:08d}.safetensors", {**state, "metrics_bytes": size})
+        for old in sorted(self._checkpoints.glob("*.safetensors"))[:-KEPT_CHECKPOINTS]:
+            old.unlink(missing_ok=True)
+
+    def save_cast(self, state: Mapping[str, Any], label: str) -> None:
+        """Keep the cast as it is now, for other runs to start from."""
+        save_tree(self.path / f"cast-{label}.safetensors", state)
+
+    def log(self, record: Mapping[str, Any], step: int) -> None:
+        """Append a record to `metrics.jsonl` and its numbers to TensorBoard."""
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self._metrics} cannot be written: {error}; free some room and resume") from error
+        if self._board is None:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        for name, value in record.get("metrics", {}).items():
+            self._board.add_scalar(f"{record['kind']}/{name}", value, step)
+
+    def save_samples(self, label: str, samples: Mapping[str, Tensor | list[str]]) -> None:
+        """Images as a PNG sheet, texts as a text file, both under `samples/`."""
+        for name, content in samples.items():
+            target = self.path / "samples" / f"{label}-{name}"
+            if isinstance(content, Tensor):
+                save_image_sheet(target.with_suffix(".png"), content)
+            else:
+                write_text(target.with_suffix(".txt"), "\n".join(content))
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's `metrics.jsonl`; a last line cut by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def save_image_sheet(path: Path, images: Tensor, columns: int = 16, scale: int = 6) -> None:
+    """A PNG with images `[N, C, H, W]` (C 1 or 3, values clipped to [-1, 1]) in rows of `columns`."""
+    from PIL import Image
+
+    shown = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).byte()
+    count, channels, height, width = shown.shape
+    rows = -(-count // columns)
+    sheet = torch.full((rows * columns, channels, height + 1, width + 1), 60, dtype=torch.uint8)
+    sheet[:count, :, :height, :width] = shown
+    grid = sheet.view(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    pixels = np.ascontiguousarray(grid.numpy().squeeze(-1) if channels == 1 else grid.numpy())
+    picture = Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST)
+    picture.save(path)
+
+
+def describe(part: Any) -> Any:
+    """Settings of a part as JSON: class, version, numbers and names, recursively; weights only by count."""
+    if part is None or isinstance(part, bool | int | float | str):
+        return part
+    if isinstance(part, Tensor):
+        return {"tensor": list(part.shape)}
+    if isinstance(part, nn.Module):
+        total = sum(p.numel() for p in part.parameters())
+        return {"type": type(part).__name__, "parameters": total, "settings": part.extra_repr()}
+    if isinstance(part, Mapping):
+        return {str(key): describe(value) for key, value in part.items()}
+    if isinstance(part, Sequence):
+        return [describe(value) for value in part]
+    if isinstance(part, functools.partial):
+        return {"type": describe(part.func), "settings": describe(part.keywords)}
+    if isinstance(part, type) or (isinstance(part, Callable) and hasattr(part, "__qualname__")):  # type: ignore[arg-type]
+        return f"{part.__module__}.{part.__qualname__}"
+    if dataclasses.is_dataclass(part):
+        settings = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    else:
+        settings = {k: v for k, v in vars(part).items() if not k.startswith("_")} if hasattr(part, "__dict__") else {}
+    version = {"version": part.version} if isinstance(getattr(part, "version", None), int) else {}
+    return {"type": type(part).__name__, **version, **{key: describe(value) for key, value in settings.items()}}
+
+
+def _check_same_config(old: Any, new: Any, path: Path) -> None:
+    difference = _first_difference(old, new, "")
+    if difference:
+        raise RunError(f"{path} holds a run with other settings: {difference}; resume with the same settings")
+
+
+def _first_difference(old: Any, new: Any, at: str) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            if found := _first_difference(old.get(key, "absent"), new.get(key, "absent"), f"{at}/{key}"):
+                return found
+        return ""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return next((f for i, (a, b) in enumerate(zip(old, new, strict=True)) if (f := _first_difference(a, b, f"{at}[{i}]"))), "")
+    return "" if old == new else f"{at} was {old} and is {new}"

@@ -1,0 +1,1 @@
+"""Small built-in worlds that the papers' default experiments run on."""
