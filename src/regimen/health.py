@@ -45,7 +45,7 @@ class HealthMonitor:
                     "over 90 % of the groups have no spread of reward, so they teach nothing; raise the knob "
                     "temperature or noise_level, the group size, or the spread of difficulty"
                 )
-        if "truncated" in rollout.columns.keys():
+        if "truncated" in rollout.columns:
             facts["health/truncated"] = float(rollout["truncated"].float().mean())
             if facts["health/truncated"] > 0.5:
                 self._warn("over half of the samples were cut off at the length limit; raise the limit")
@@ -59,7 +59,9 @@ class HealthMonitor:
                 "as it was sampled (dropout, another guidance scale, half precision)"
             )
         if skipped:
-            self._warn("a gradient step was skipped because its loss or gradient was not finite; lower the learning rate")
+            self._warn(
+                "a gradient step was skipped because its loss or gradient was not finite; lower the learning rate"
+            )
         return facts
 
     def _components(self, rollout: Rollout) -> None:

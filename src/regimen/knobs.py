@@ -44,8 +44,7 @@ class Knob:
         """The value as this knob holds it; `ValueError` if it is not finite or outside the range."""
         if not math.isfinite(value) or not self.low <= value <= self.high:
             raise ValueError(
-                f"knob '{self.name}': {source} gave {value}, expected a finite number in "
-                f"[{self.low}, {self.high}]"
+                f"knob '{self.name}': {source} gave {value}, expected a finite number in [{self.low}, {self.high}]"
             )
         # 1e-9 keeps float error (86.9999999) from losing a whole unit.
         return float(math.floor(value + 1e-9)) if self.integer else float(value)

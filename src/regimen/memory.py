@@ -56,7 +56,7 @@ class NewestRollout:
         """`size` samples of the newest rollout, with replacement."""
         newest = self.newest()
         index = torch.randint(len(newest), (size,), generator=rng, device=rng.device)
-        return newest[index]  # type: ignore[no-any-return]
+        return newest[index]
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the next iteration collects anew."""

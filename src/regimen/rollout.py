@@ -76,7 +76,9 @@ class Rollout:
             "context": _table(context, batch, device),
             "columns": _table(columns, batch, device),
             "knobs": _table(
-                {k: torch.full((), v, device=device).expand(batch) for k, v in (knobs or {}).items()}, batch, device
+                {k: torch.full((), v, device=device).expand(batch) for k, v in (knobs or {}).items()},
+                batch,
+                device,
             ),
         }
         index = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -106,9 +108,7 @@ class Rollout:
         value = self.columns.get(name, None)
         if value is None:
             there = ", ".join(sorted(self.columns.keys())) or "none"
-            raise KeyError(
-                f"the rollout of task {'/'.join(self.task_names)} has no column '{name}'; it has: {there}"
-            )
+            raise KeyError(f"the rollout of task {'/'.join(self.task_names)} has no column '{name}'; it has: {there}")
         return value
 
     @property
@@ -179,7 +179,7 @@ class Rollout:
             next_group += int(group.max()) + 1 if len(part) else 0
             tables.append(data)
         _check_same_keys(tables, parts)
-        return cls(torch.cat(tables, 0), names)  # type: ignore[arg-type]
+        return cls(torch.cat(tables, 0), names)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain nested tensors and lists, for a checkpoint."""

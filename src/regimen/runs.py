@@ -127,7 +127,9 @@ def save_image_sheet(path: Path, images: Tensor, columns: int = 16, scale: int =
     sheet[:count, :, :height, :width] = shown
     grid = sheet.view(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     pixels = np.ascontiguousarray(grid.numpy().squeeze(-1) if channels == 1 else grid.numpy())
-    picture = Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST)
+    picture = Image.fromarray(pixels).resize(
+        (pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST
+    )
     picture.save(path)
 
 
@@ -153,7 +155,11 @@ def describe(part: Any) -> Any:
     else:
         settings = {k: v for k, v in vars(part).items() if not k.startswith("_")} if hasattr(part, "__dict__") else {}
     version = {"version": part.version} if isinstance(getattr(part, "version", None), int) else {}
-    return {"type": type(part).__name__, **version, **{key: describe(value) for key, value in settings.items()}}
+    return {
+        "type": type(part).__name__,
+        **version,
+        **{key: describe(value) for key, value in settings.items()},
+    }
 
 
 def _check_same_config(old: Any, new: Any, path: Path) -> None:
@@ -169,5 +175,8 @@ def _first_difference(old: Any, new: Any, at: str) -> str:
                 return found
         return ""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return next((f for i, (a, b) in enumerate(zip(old, new, strict=True)) if (f := _first_difference(a, b, f"{at}[{i}]"))), "")
+        return next(
+            (f for i, (a, b) in enumerate(zip(old, new, strict=True)) if (f := _first_difference(a, b, f"{at}[{i}]"))),
+            "",
+        )
     return "" if old == new else f"{at} was {old} and is {new}"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,7 +87,9 @@ def _encode(node: Any, tensors: dict[str, Tensor], storages: dict[Any, str], at:
         return {_TUPLE: entries} if isinstance(node, tuple) else entries
     if node is None or isinstance(node, bool | int | float | str):
         return node
-    raise TypeError(f"state at '{at or '/'}' is a {type(node).__name__}; expected tensors, numbers, texts, lists, dicts")
+    raise TypeError(
+        f"state at '{at or '/'}' is a {type(node).__name__}; expected tensors, numbers, texts, lists, dicts"
+    )
 
 
 def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -110,9 +112,12 @@ def random_state() -> dict[str, Any]:
 
     import numpy as np
 
-    name, keys, *rest = np.random.get_state(legacy=True)
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     version, internal, gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(), "numpy": [name, torch.from_numpy(keys.copy().astype("int64")), *rest]}
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(keys.copy().astype("int64")), *rest],
+    }
     state["python"] = [version, list(internal), gauss]
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -35,7 +35,10 @@ class Controller(Protocol):
         moment: when it acts in an iteration.
     """
 
-    moment: Moment
+    @property
+    def moment(self) -> Moment:
+        """When in an iteration it acts."""
+        ...
 
     @property
     def moves(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Networks that policies and rewards are made of."""
 
+from .classifiers import ImageClassifier
 from .encoders import MultimodalEncoder, SmallMultimodalEncoder, TransformersEncoder
 from .kontext_denoiser import KontextDenoiser
 from .metaquery import MetaQueryConditioner, MetaQueryConnector
@@ -7,6 +8,7 @@ from .mlp_denoiser import MLPDenoiser
 from .sd3 import SD3Denoiser, decode_latents, encode_images, sd3_sigmas
 
 __all__ = [
+    "ImageClassifier",
     "KontextDenoiser",
     "MLPDenoiser",
     "MetaQueryConditioner",

@@ -23,7 +23,7 @@ def lookup(context: Context, key: str) -> Tensor | None:
 
 
 def required(context: Context, key: str, owner: str) -> Tensor:
-    """The tensor under `key`; ValueError naming `owner`, the key and the keys there are when it is missing."""
+    """The tensor under `key`; a missing one is a ValueError that names owner, key and the keys there are."""
     value = lookup(context, key)
     if value is None:
         raise ValueError(f"{owner} needs '{key}' in the context, which has {sorted(context.keys())}")
@@ -31,7 +31,7 @@ def required(context: Context, key: str, owner: str) -> Tensor:
 
 
 def replaced(context: Context, **tensors: Tensor) -> Context:
-    """A shallow copy of the context, of the same kind (dict or TensorDict), with some tensors replaced or added."""
+    """A shallow copy of the context, of its own kind (dict or TensorDict), with tensors replaced or added."""
     if isinstance(context, TensorDictBase):
         return cast(Context, context.copy().update(tensors))
     return {**context, **tensors}
@@ -63,7 +63,7 @@ def reference_of(context: Context, x: Tensor) -> tuple[Tensor | None, Tensor | N
     if has is None:
         return reference, None
     if has.shape != x.shape[:1]:
-        raise ValueError(f"has_reference has shape {tuple(has.shape)} and should have {tuple(x.shape[:1])}")
+        raise ValueError(f"has_reference has shape {tuple(has.shape)}; it should have {tuple(x.shape[:1])}")
     has = has.bool()
     if not has.is_cuda:
         if bool(has.all()):
@@ -85,7 +85,7 @@ def embed_condition(table: nn.Embedding, condition: Tensor) -> Tensor:
         low, high = condition.min().item(), condition.max().item()
         null = table.num_embeddings - 1
         raise ValueError(
-            f"condition spans [{low}, {high}] and should lie in [0, {null}], where {null} is the null condition"
+            f"condition spans [{low}, {high}] and should lie in [0, {null}]; {null} is the null condition"
         ) from None
     return rows
 
@@ -100,8 +100,7 @@ def null_prompts(context: Context, owner: str) -> Context:
     """The context with `prompt_embeds` and `pooled` replaced by `null_prompt_embeds` and `null_pooled`.
 
     Raises:
-        ValueError: a replacement is missing (zeros in its place would silently guide away from the wrong
-            thing).
+        ValueError: a replacement is missing (zeros in its place would silently guide away from nothing).
     """
     owner = f"{owner}.unconditional"
     keys = [key for key in ("prompt_embeds", "pooled") if lookup(context, key) is not None]

@@ -195,9 +195,7 @@ class TransformersEncoder(nn.Module):
 
     def run(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """See `MultimodalEncoder.run`."""
-        output = self.model(
-            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False
-        )
+        output = self.model(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
 

@@ -19,7 +19,7 @@ from .layers import Patches, SelfAttention, SigmaEmbedding, feed_forward
 
 
 class AdaptiveBlock(nn.Module):
-    """Pre-norm transformer block whose norms and gates are given from outside (adaLN-zero, Peebles and Xie 2023)."""
+    """Pre-norm transformer block, norms and gates from outside (adaLN-zero, Peebles and Xie 2023)."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class AdaptiveBlock(nn.Module):
         self.mlp = feed_forward(dim, 4 * dim)
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
-        """`x [B, N, dim]`; `modulation` is shift, scale and gate of attention, then of the MLP, each `[B, 1, dim]`."""
+        """`x [B, N, dim]`; `modulation` is shift, scale and gate of attention and of the MLP, `[B, 1, dim]`."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
         x = torch.addcmul(x, self.attention(adaptive_norm(x, shift, scale), mask), gate)
         return torch.addcmul(x, self.mlp(adaptive_norm(x, mlp_shift, mlp_scale)), mlp_gate)
@@ -39,8 +39,7 @@ def adaptive_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class KontextDenoiser(nn.Module):
-    """Token transformer that predicts a rectified flow's velocity, noise - data, beside a clean reference
-    image.
+    """Token transformer that predicts a rectified flow's velocity, noise - data, given a reference image.
 
     Kontext conditioning (Wei et al. 2025): the reference goes through the same patch and positional
     embedding as the noisy image, its tokens stand in front of the noisy ones, and only the last h*w tokens
@@ -112,11 +111,7 @@ class KontextDenoiser(nn.Module):
     def unconditional(self, context: Context) -> Context:
         """The context with the null condition and the null prompt; the reference stays."""
         context = null_condition(context, self.conditions)
-        return (
-            context
-            if self.prompt is None and self.pooled is None
-            else null_prompts(context, "KontextDenoiser")
-        )
+        return context if self.prompt is None and self.pooled is None else null_prompts(context, "KontextDenoiser")
 
     def _vector(self, sigma: Tensor, context: Context) -> Tensor:
         vector: Tensor = self.sigma(sigma)
@@ -131,12 +126,10 @@ class KontextDenoiser(nn.Module):
         return vector + embed_condition(self.condition, condition)
 
     def _tokens(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """Tokens `[B, N, dim]`, prompt, reference, noisy, and the mask of keys `[B, 1, 1, N]` where some are hidden."""
+        """Tokens `[B, N, dim]` (prompt, reference, noisy) and the mask `[B, 1, 1, N]` if some are hidden."""
         reference, has = reference_of(context, x)
         images = [x] if reference is None else [reference, x]
-        tokens = [
-            self.embed(self.patches(image).to(self.embed.weight.dtype)) + self.position for image in images
-        ]
+        tokens = [self.embed(self.patches(image).to(self.embed.weight.dtype)) + self.position for image in images]
         if self.prompt is not None:
             prompt = required(context, "prompt_embeds", "KontextDenoiser")
             tokens.insert(0, self.prompt(prompt.to(self.prompt.weight.dtype)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Sinusoid(nn.Module):
-    """Sines and cosines of a number: `[...] -> [..., features]`, frequencies geometric from `low` to `high` (radians)."""
+    """Sines and cosines of numbers `[...]`, as `[..., features]`; geometric frequencies from low to high."""
 
     frequencies: Tensor
     phases: Tensor
@@ -20,15 +20,11 @@ class Sinusoid(nn.Module):
         half = features // 2
         frequencies = torch.logspace(math.log10(low), math.log10(high), half)
         self.register_buffer("frequencies", frequencies.repeat(2), persistent=False)
-        self.register_buffer(
-            "phases", torch.tensor([0.0, math.pi / 2]).repeat_interleave(half), persistent=False
-        )
+        self.register_buffer("phases", torch.tensor([0.0, math.pi / 2]).repeat_interleave(half), persistent=False)
 
     def forward(self, value: Tensor) -> Tensor:
         frequencies = self.frequencies.float()
-        return torch.addcmul(
-            self.phases.float(), value.to(frequencies.dtype).unsqueeze(-1), frequencies
-        ).sin()
+        return torch.addcmul(self.phases.float(), value.to(frequencies.dtype).unsqueeze(-1), frequencies).sin()
 
 
 class SigmaEmbedding(nn.Module):
@@ -45,7 +41,7 @@ class SigmaEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention `[B, N, dim] -> [B, N, dim]`; `mask` (bool, broadcast to `[B, heads, N, N]`) marks what is seen."""
+    """Multi-head self-attention of `[B, N, dim]`; a bool mask `[B, 1, 1 or N, N]` marks what is seen."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()

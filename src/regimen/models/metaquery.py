@@ -50,7 +50,7 @@ class MetaQueryConnector(nn.Module):
         self.pooled = nn.Linear(hidden, pooled_dim)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """`prompt_embeds [B, Q, prompt_dim]` and `pooled [B, pooled_dim]` of hidden states `[B, Q, encoder_hidden]`."""
+        """`prompt_embeds [B, Q, prompt_dim]`, `pooled [B, pooled_dim]` of answers `[B, Q, encoder_hidden]`."""
         x = self.inp(hidden.to(self.inp.weight.dtype))
         for block in self.blocks:
             x = block(x)
@@ -134,9 +134,7 @@ class MetaQueryConditioner(nn.Module):
         ids, mask = (required(context, key, "MetaQueryConditioner") for key in ("prompt_ids", "prompt_mask"))
         mask = mask.bool()
         if not mask.is_cuda and not bool(mask.any(1).all()):
-            raise ValueError(
-                "prompt_mask has a row without any token; give the empty prompt at least one token"
-            )
+            raise ValueError("prompt_mask has a row without any token; give the empty prompt at least one token")
         image, has_image = lookup(context, "prompt_image"), lookup(context, "has_prompt_image")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             embeds, mask, positions = encoder.embed(ids, mask, image, has_image)

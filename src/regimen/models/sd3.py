@@ -132,10 +132,8 @@ class SD3Denoiser(nn.Module):
         """
         if not self.has_adapters:
             raise ValueError("SD3Denoiser.adapters_disabled: there are no adapters; add them with lora()")
-        # peft sets requires_grad of adapters when it switches them, so a frozen adapter would come back
-        trainable.trainable = [
-            (parameter, parameter.requires_grad) for parameter in self.transformer.parameters()
-        ]
+        # Switching adapters makes peft set their requires_grad, so a frozen one would come back trainable.
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.transformer.parameters()]
         self.transformer.disable_adapters()
         try:
             yield
@@ -144,9 +142,7 @@ class SD3Denoiser(nn.Module):
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
 
-    def _velocity(
-        self, x: Tensor, sigma: Tensor, prompts: Tensor, pooled: Tensor, reference: Tensor | None
-    ) -> Tensor:
+    def _velocity(self, x: Tensor, sigma: Tensor, prompts: Tensor, pooled: Tensor, reference: Tensor | None) -> Tensor:
         model = self.transformer
         dtype = model.pos_embed.proj.weight.dtype
         images = [x] if reference is None else [reference, x]
@@ -170,15 +166,14 @@ class SD3Denoiser(nn.Module):
 
 
 def sd3_sigmas(scheduler: Any, steps: int) -> Tensor:
-    """The noise levels `[steps + 1]`, from 1 down to 0, on which a `diffusers` pipeline itself would
-    sample.
+    """The noise levels `[steps + 1]`, from 1 down to 0, on which a `diffusers` pipeline would sample.
 
     `scheduler` is a `FlowMatchEulerDiscreteScheduler`; it is not changed. Its grid is s u / (1 + (s - 1) u)
-    with shift s, like ours, but on another u: ours is u = 1 - i / N. Theirs spaces the first N levels
-    evenly from 1 to m = s / (999 + s), which is 1/1000 already shifted once, and then appends 0. So level N
-    - 1 is s m / (1 + (s - 1) m) (0.009 for s = 3, N any; ours is 0.5 for N = 4) and the last step hardly
-    moves. To sample as a pipeline does use these levels; to train with few steps use `shifted_sigmas(steps,
-    SD3Denoiser.pretrained_shift(path))`.
+    with shift s, as ours is, but on another u. Ours is u = 1 - i / N. Theirs spaces the first N levels of u
+    evenly from 1 to m = s / (999 + s), which is 1/1000 already shifted once, and then appends 0. So their
+    last level above 0 is s m / (1 + (s - 1) m), 0.009 for s = 3 whatever N (ours is 0.5 for N = 4), and their
+    last step hardly moves. Use these levels to sample as a pipeline does; to train with few steps use
+    `shifted_sigmas(steps, SD3Denoiser.pretrained_shift(path))`.
 
     Raises:
         ValueError: the scheduler shifts by resolution (`use_dynamic_shifting`), so it has no single grid.
@@ -195,14 +190,15 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Images `[B, 3, 8H, 8W]` in [0, 1] of latents `[B, C, H, W]`, by a `diffusers.AutoencoderKL`."""
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     image: Tensor = vae.decode((latents / scale + shift).to(vae.dtype)).sample
-    return (image / 2 + 0.5).clamp(0, 1).type_as(latents)
+    return (image / 2 + 0.5).clamp(0, 1).to(latents.dtype)
 
 
 def encode_images(vae: Any, images: Tensor) -> Tensor:
-    """Latents `[B, C, H, W]`, the encoder's mode, of images `[B, 3, 8H, 8W]` in [0, 1]: Kontext reference latents."""
+    """Latents `[B, C, H, W]` (the encoder's mode) of images `[B, 3, 8H, 8W]` in [0, 1]; for references."""
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    latents: Tensor = vae.encode((2 * images - 1).to(vae.dtype)).latent_dist.mode()
-    return ((latents - shift) * scale).type_as(images)
+    mode: Tensor = vae.encode((2 * images - 1).to(vae.dtype)).latent_dist.mode()
+    latents: Tensor = (mode - shift) * scale
+    return latents.to(images.dtype)
 
 
 def _missing(owner: str, package: str) -> str:

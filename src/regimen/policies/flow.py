@@ -150,9 +150,7 @@ class FlowPolicy(nn.Module):
         """One sample per context; behaviour log-probabilities only where `noise_level` is above 0."""
         batch, steps, level = len(contexts), int(knobs["sampling_steps"]), knobs["noise_level"]
         sigmas = shifted_sigmas(steps, self.shift)
-        keep, drift, std = (
-            c.tolist() for c in flow_sde_coefficients(sigmas[:-1], sigmas[1:], level, float(sigmas[1]))
-        )
+        keep, drift, std = (c.tolist() for c in flow_sde_coefficients(sigmas[:-1], sigmas[1:], level, float(sigmas[1])))
         states = torch.empty(batch, steps + 1, *self.shape, device=self.device)
         means = torch.empty(batch, steps, *self.shape, device=self.device) if level > 0 else None
         x = torch.randn(batch, *self.shape, generator=rng, device=self.device)

@@ -195,7 +195,9 @@ class Reward(Expression):
         rows = [(rollout.group == g).nonzero().flatten() for g in rollout.group.unique()]
         scores = [self._attempt(rollout[index], scene) for index in rows]
         wide = any(score.value.ndim > 1 for score in scores)
-        values = [s.value if s.value.ndim > 1 or not wide else s.value[:, None].expand(-1, rollout.steps) for s in scores]
+        values = [
+            s.value if s.value.ndim > 1 or not wide else s.value[:, None].expand(-1, rollout.steps) for s in scores
+        ]
         order = torch.cat(rows).argsort()
         errors = tuple(error for score in scores for error in score.errors)
         return Score(torch.cat(values)[order], torch.cat([s.status for s in scores])[order], errors)
@@ -335,7 +337,9 @@ class FirstApplicable(Expression):
             other = _training(part, "FirstApplicable")
             take = (chosen.status != SCORED) & ((other.status == SCORED) | (chosen.status == NOT_APPLICABLE))
             value = torch.where(
-                _like(take, _like(other.value, chosen.value)), _like(other.value, chosen.value), _like(chosen.value, other.value)
+                _like(take, _like(other.value, chosen.value)),
+                _like(other.value, chosen.value),
+                _like(chosen.value, other.value),
             )
             chosen = Score(value, torch.where(take, other.status, chosen.status))
         return Judgement(components, chosen)

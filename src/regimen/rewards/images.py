@@ -35,9 +35,7 @@ class ClassifierReward(Reward):
 class EditReward(Reward):
     """How close an edited image is to the exact result of its instruction, `[B]` in (0, 1]; see `closeness`."""
 
-    def __init__(
-        self, target: Callable[[Rollout], Tensor], *, scale: float = 4.0, name: str = "follows_edit"
-    ) -> None:
+    def __init__(self, target: Callable[[Rollout], Tensor], *, scale: float = 4.0, name: str = "follows_edit") -> None:
         """Make the reward.
 
         Args:

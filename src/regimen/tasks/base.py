@@ -46,9 +46,7 @@ class Task(Protocol):
         """The knobs that the task itself reads."""
         ...
 
-    def collect(
-        self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator, size: int
-    ) -> Rollout:
+    def collect(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator, size: int) -> Rollout:
         """A rollout of `size` samples, in groups of `group_size`."""
         ...
 

@@ -56,9 +56,7 @@ class DatasetTask:
         """The task reads none."""
         return ()
 
-    def collect(
-        self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator, size: int
-    ) -> Rollout:
+    def collect(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator, size: int) -> Rollout:
         """`size` rows as a rollout of one step each."""
         rows = self.rows[self._reader.draw(size, rng)].to(rng.device)
         if self.transform is not None:

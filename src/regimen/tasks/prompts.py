@@ -59,9 +59,7 @@ class PromptTask:
         """The task reads none itself."""
         return ()
 
-    def collect(
-        self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator, size: int
-    ) -> Rollout:
+    def collect(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator, size: int) -> Rollout:
         """`size // group_size` prompts, each answered `group_size` times."""
         started = time.time()
         drawn = self._reader.draw(max(1, size // self.group_size), rng).repeat_interleave(self.group_size)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from regimen.functions.images import closeness, nearest_distance
 from regimen.models.classifiers import ImageClassifier
+from regimen.models.mlp_denoiser import MLPDenoiser
+from regimen.policies.flow import FlowPolicy
 from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
 from regimen.tasks.dataset import DatasetTask
@@ -55,6 +57,11 @@ class DigitsWorld:
         network = MLPClassifier((64,), alpha=1e-2, max_iter=300, random_state=seed)
         self.judge = ImageClassifier(network).fit(images[a], labels[a])
         self.evaluator = ImageClassifier(SVC(C=10.0, gamma="scale")).fit(images[b], labels[b])
+
+    def policy(self, seed: int) -> FlowPolicy:
+        """A small denoiser with random weights."""
+        torch.manual_seed(seed)
+        return FlowPolicy(MLPDenoiser(SHAPE, CONDITIONS), SHAPE, sampling_steps=8, evaluation_steps=20)
 
     def supervised(self, name: str, wrong: float) -> DatasetTask:
         """Pairs for flow matching: half images with their class, half edits with their operation.

@@ -1,0 +1,233 @@
+"""One turn of the loop: collect, judge, credit, learn, adapt."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from regimen.controllers.base import Moment, Situation
+from regimen.functions.aggregate import masked_mean
+from regimen.health import HealthMonitor
+from regimen.learn import Learner
+from regimen.regimen import Regimen, Stage
+from regimen.rewards.base import SCORED, Scene
+from regimen.rewards.judge import JudgeReport, judge
+from regimen.rollout import Rollout
+from regimen.runs import RunError
+
+FAILURE_WINDOW = 20
+
+
+@dataclass
+class Counters:
+    """What a run has spent so far.
+
+    Attributes:
+        stage: index of the stage at work; step: iterations of it that are complete.
+        iterations: iterations over all stages.
+        samples: generated samples; rows: samples read from data; gradient_steps: optimiser steps taken.
+        skipped: gradient steps not taken because they were not finite.
+        seconds: time in iterations, evaluations and checkpoints left out.
+    """
+
+    stage: int = 0
+    step: int = 0
+    iterations: int = 0
+    samples: int = 0
+    rows: int = 0
+    gradient_steps: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+class StageRun:
+    """One stage at work: all that an iteration needs and, beside the cast, all that a checkpoint must hold."""
+
+    def __init__(self, regimen: Regimen, stage: Stage) -> None:
+        self.stage, self.cast = stage, regimen.cast
+        self.board = stage.board(regimen.cast, regimen.knobs)
+        self.memory = stage.memory()
+        self.health = HealthMonitor()
+        self.learners: list[Learner] = []
+        self._owed = {task.name: 0.0 for task in stage.tasks}
+        self._failures: deque[tuple[int, int]] = deque(maxlen=FAILURE_WINDOW)
+        self.skipped_in_row = 0
+
+    def start(self, fresh: bool) -> None:
+        """Apply rules and prepare steps (when fresh), then make the optimisers."""
+        if fresh:
+            for rule in self.stage.rules:
+                rule.start(self.cast)
+            for prepare in self.stage.prepare:
+                prepare(self.cast, self.stage.tasks, self.memory)
+        self.cast.train_only({member for update in self.stage.updates for member in update.members})
+        self.learners = [Learner(update, self.cast) for update in self.stage.updates]
+
+    def iterate(self, step: int, counters: Counters, rng: torch.Generator) -> dict[str, float]:
+        """One turn of the five verbs; returns its metrics."""
+        metrics: dict[str, float] = {}
+        self._adapt("before_collect", step, metrics)
+        in_force = {f"knob/{name}": value for name, value in self.board.items()}
+        rollout = self._collect(rng, counters)
+        rollout = self._judge(rollout, metrics)
+        self._adapt("after_judge", step, metrics)
+        if self.stage.credit is not None:
+            rollout = self.stage.credit(rollout, self.board)
+            metrics.update(advantage_metrics(rollout))
+        self.memory.add(rollout)
+        self._learn(rollout, step, metrics, counters, rng)
+        self._adapt("after_learn", step + 1, metrics)
+        for rule in self.stage.rules:
+            rule.after_step(self.cast, step + 1)
+        return metrics | in_force
+
+    def _collect(self, rng: torch.Generator, counters: Counters) -> Rollout:
+        parts, sizes = [], self._sizes()
+        for task in self.stage.tasks:
+            if size := sizes[task.name]:
+                parts.append(task.collect(self.cast, self.board, rng, size))
+                counters.samples += size if task.generates else 0
+                counters.rows += 0 if task.generates else size
+        return Rollout.cat(parts)
+
+    def _sizes(self) -> dict[str, int]:
+        """Samples per task: whole groups, and what rounding withholds is paid out in later iterations."""
+        shares = {task.name: self._share(task.name) for task in self.stage.tasks}
+        groups = {task.name: task.group_size for task in self.stage.tasks}
+        return allocate(shares, self.stage.batch_size, groups, self._owed)
+
+    def _judge(self, rollout: Rollout, metrics: dict[str, float]) -> Rollout:
+        if self.stage.reward is None:
+            return rollout
+        scene = Scene(self.cast, self.board, self.stage.reward_timeout_s)
+        rollout, report = judge(self.stage.reward, rollout, scene)
+        metrics.update(reward_metrics(rollout, report))
+        self._failures.append((report.failed, len(rollout)))
+        failed, total = (sum(column) for column in zip(*self._failures, strict=True))
+        if failed > self.stage.max_failed_share * total:
+            raise RunError(
+                f"{failed} of the last {total} samples could not be judged, over the share of "
+                f"{self.stage.max_failed_share:g} that stage '{self.stage.name}' allows (max_failed_share). "
+                f"First failures: {'; '.join(report.errors) or 'earlier in the run'}. Mend the reward, or run it apart "
+                "with IsolatedReward; the run continues from its last checkpoint"
+            )
+        return rollout
+
+    def _learn(
+        self, rollout: Rollout, step: int, metrics: dict[str, float], counters: Counters, rng: torch.Generator
+    ) -> None:
+        skipped, taken, first = 0, 0, None
+        for learner in self.learners:
+            if step % learner.update.every:
+                continue
+            learned = learner.learn(self.memory, self.cast, self.board, rng)
+            metrics.update(learned.metrics)
+            skipped, taken = skipped + learned.skipped, taken + learned.gradient_steps
+            first = learned.first_ratio_deviation if first is None else first
+        counters.gradient_steps += taken
+        counters.skipped += skipped
+        self.skipped_in_row = self.skipped_in_row + skipped if skipped and not taken else 0
+        expected = tuple(t.name for t in self.stage.tasks if self._share(t.name) > 0)
+        metrics.update(
+            self.health.observe(rollout, metrics, expected_tasks=expected, first_ratio_deviation=first, skipped=skipped)
+        )
+
+    def _share(self, task: str) -> float:
+        return self.board[f"mixture/{task}"] if len(self.stage.tasks) > 1 else 1.0
+
+    def _adapt(self, moment: Moment, step: int, metrics: Mapping[str, float]) -> None:
+        situation = Situation(step, self.stage.steps, metrics, self.board)
+        for controller in self.stage.controllers:
+            if controller.moment == moment:
+                for name, value in controller(situation).items():
+                    self.board.set(name, value, by=type(controller).__name__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the cast."""
+        return {
+            "knobs": self.board.state_dict(),
+            "memory": self.memory.state_dict(),
+            "learners": [learner.state_dict() for learner in self.learners],
+            "controllers": [controller.state_dict() for controller in self.stage.controllers],
+            "tasks": [task.state_dict() for task in self.stage.tasks],
+            "reward": self.stage.reward.state_dict() if self.stage.reward is not None else {},
+            "health": self.health.state_dict(),
+            "owed": dict(self._owed),
+            "failures": [list(pair) for pair in self._failures],
+            "skipped_in_row": self.skipped_in_row,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave, after `start(fresh=False)`."""
+        self.board.load_state_dict(state["knobs"])
+        self.memory.load_state_dict(state["memory"])
+        parts: list[Any] = [*self.learners, *self.stage.controllers, *self.stage.tasks]
+        saved = [*state["learners"], *state["controllers"], *state["tasks"]]
+        for part, entry in zip(parts, saved, strict=True):
+            part.load_state_dict(entry)
+        if self.stage.reward is not None:
+            self.stage.reward.load_state_dict(state["reward"])
+        self.health.load_state_dict(state["health"])
+        self._owed.update(state["owed"])
+        self._failures.extend(tuple(pair) for pair in state["failures"])
+        self.skipped_in_row = int(state["skipped_in_row"])
+
+
+def allocate(
+    shares: Mapping[str, float], batch_size: int, group_sizes: Mapping[str, int], owed: dict[str, float]
+) -> dict[str, int]:
+    """Samples per task, in whole groups, in proportion to `shares`; `owed` carries rounding to the next call.
+
+    Raises:
+        ValueError: a share is negative, or all are 0.
+    """
+    total = sum(shares.values())
+    if total <= 0 or min(shares.values()) < 0:
+        raise ValueError(f"mixture shares are {dict(shares)}; expected none negative and one above 0")
+    sizes = {}
+    for name, share in shares.items():
+        owed[name] = owed[name] + share / total * batch_size / group_sizes[name] if share > 0 else 0.0
+        groups = int(owed[name] + 1e-6)
+        owed[name] -= groups
+        sizes[name] = groups * group_sizes[name]
+    if not any(sizes.values()):
+        first = max(owed, key=lambda name: owed[name])
+        owed[first] -= 1
+        sizes[first] = group_sizes[first]
+    return sizes
+
+
+def reward_metrics(rollout: Rollout, report: JudgeReport) -> dict[str, float]:
+    """Means of raw components per task, their counts, and mean and spread of the total that credit consumes."""
+    metrics: dict[str, float] = {}
+    for (task, component), (scored, inapplicable, failed) in report.counts.items():
+        if scored:
+            rows = (rollout.task == rollout.task_names.index(task)) & (rollout.status[component] == SCORED)
+            value = rollout.rewards[component]
+            value = value if value.ndim == 1 else torch.where(rollout.mask, value, 0).sum(1)
+            metrics[f"reward/{task}/{component}"] = float(value[rows].mean())
+        metrics[f"count/{task}/{component}/scored"] = scored
+        if inapplicable:
+            metrics[f"count/{task}/{component}/not_applicable"] = inapplicable
+        if failed:
+            metrics[f"count/{task}/{component}/failed"] = failed
+    if rollout.reward is not None:
+        total = rollout.reward if rollout.reward.ndim == 1 else (rollout.reward * rollout.mask).sum(1)
+        judged = total[rollout.loss_mask.any(1)]
+        if len(judged):
+            metrics["reward/total"] = float(judged.mean())
+            metrics["reward/total_std"] = float(judged.std(correction=0))
+    return metrics
+
+
+def advantage_metrics(rollout: Rollout) -> dict[str, float]:
+    """Mean and mean size of the advantages that the objectives read, over the steps that are learned from."""
+    if rollout.advantages is None or rollout.advantages.ndim != 2:
+        return {}
+    mean = masked_mean(rollout.advantages, rollout.loss_mask)
+    size = masked_mean(rollout.advantages.abs(), rollout.loss_mask)
+    return {"advantage/mean": float(mean), "advantage/size": float(size)}
