@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from regimen.cast import Cast, ReferenceRefresh
     from regimen.check import check
     from regimen.knobs import Knob, Knobs
-    from regimen.loop import Event, Interrupted, Outcome, train
+    from regimen.loop import Interrupted, Outcome, train
     from regimen.memory import NewestRollout, ReplayMemory
+    from regimen.progress import Event, ProgressBar
     from regimen.regimen import Regimen, Stage
     from regimen.rollout import Rollout
     from regimen.runs import RunError
@@ -28,12 +29,13 @@ _HOME = {
     "Cast": "cast",
     "Draws": "update",
     "Epochs": "update",
-    "Event": "loop",
+    "Event": "progress",
     "Interrupted": "loop",
     "Knob": "knobs",
     "Knobs": "knobs",
     "NewestRollout": "memory",
     "Outcome": "loop",
+    "ProgressBar": "progress",
     "ReferenceRefresh": "cast",
     "Regimen": "regimen",
     "ReplayMemory": "memory",
@@ -56,6 +58,7 @@ __all__ = [
     "Knobs",
     "NewestRollout",
     "Outcome",
+    "ProgressBar",
     "ReferenceRefresh",
     "Regimen",
     "ReplayMemory",

@@ -8,36 +8,24 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from regimen.cast import Cast
 from regimen.iteration import Counters, StageRun
+from regimen.progress import Event as Event
+from regimen.progress import Listener as Listener
+from regimen.progress import ProgressBar
 from regimen.regimen import Regimen, Stage
 from regimen.runs import RunError, RunFolder, describe, read_metrics
 from regimen.storage import random_state, set_random_state
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a listener may show: a finished iteration, an evaluation, a warning, a stage's start."""
-
-    kind: Literal["stage", "step", "evaluation", "warning"]
-    stage: str
-    step: int
-    total: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    text: str = ""
-
-
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -63,12 +51,12 @@ class Trainer:
         seed: int,
         out: Path | str | None,
         resume: bool,
-        listener: Listener | None,
+        listener: Listener,
         checkpoint_every: int | None,
         checkpoint_share: float,
     ) -> None:
         self.regimen, self.seed = regimen, seed
-        self.listener: Listener = listener or (lambda event: None)
+        self.listener = listener
         self.counters = Counters()
         self.evaluations: list[dict[str, Any]] = []
         self.warnings: dict[str, int] = {}
@@ -270,7 +258,7 @@ def train(
         out: run folder; nothing is written if `None`.
         resume: continue the run in `out` from its newest readable checkpoint, to the same numbers as an
             uninterrupted run, bit for bit on CPU; a folder without one starts from the beginning.
-        listener: called with every `Event`.
+        listener: called with every `Event`; by default a progress bar if standard error is a terminal.
         checkpoint_every: iterations between checkpoints; by default as often as saving takes no more than
             `checkpoint_share` of the time.
         checkpoint_share: see above.
@@ -283,7 +271,8 @@ def train(
         Interrupted: it was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint.
         StorageError: the disk refused; what was saved before stands.
     """
-    return Trainer(regimen, seed, out, resume, listener, checkpoint_every, checkpoint_share).run()
+    with nullcontext(listener) if listener else ProgressBar() as shown:
+        return Trainer(regimen, seed, out, resume, shown, checkpoint_every, checkpoint_share).run()
 
 
 def configuration(regimen: Regimen, seed: int) -> dict[str, Any]:
