@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, Self, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from regimen.functions.flow import Reduce, expand_as, flow_sde_coefficients, gaussian_logprob, shifted_sigmas
 from regimen.knobs import Knob
 from regimen.rollout import Rollout
+from regimen.storage import load_tree, save_tree
 
 
 class Denoiser(Protocol):
@@ -138,12 +140,15 @@ class FlowPolicy(nn.Module):
         """Guided velocity `[R, ...]`: `v_null + guidance (v - v_null)`; the null branch carries no gradient."""
         denoiser = cast(Denoiser, self.denoiser)
         velocity = denoiser(x, sigma, conditioning).float()
-        scale = torch.as_tensor(guidance, device=x.device)
-        if bool((scale == 1).all()):
+        if not isinstance(guidance, Tensor):
+            if guidance == 1:
+                return velocity
+            guidance = torch.full((len(x),), guidance, device=x.device)
+        elif bool((guidance == 1).all()):
             return velocity
         with torch.no_grad():
             null = denoiser(x, sigma, denoiser.unconditional(conditioning)).float()
-        return null + expand_as(scale, x) * (velocity - null)
+        return null + expand_as(guidance, x) * (velocity - null)
 
     @torch.no_grad()
     def sample(self, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
@@ -233,6 +238,20 @@ class FlowPolicy(nn.Module):
     def step_kl(self, rollout: Rollout, other: FlowPolicy, estimator: str = "exact") -> Tensor:
         """KL `[B, T]` of this policy from another at the recorded states."""
         return self.distribution(rollout).kl(other.distribution(rollout), estimator)
+
+    def save(self, path: Path | str) -> None:
+        """Write the weights to one safetensors file, whole or not at all."""
+        save_tree(Path(path), {"weights": self.state_dict()})
+
+    def load(self, path: Path | str) -> Self:
+        """Read weights that `save` wrote into this policy, and return it.
+
+        Raises:
+            StorageError: the file cannot be read.
+            RuntimeError: the weights are those of another architecture.
+        """
+        self.load_state_dict(load_tree(Path(path))["weights"])
+        return self
 
     def reference(self) -> FlowPolicy:
         """A frozen policy with the present weights, or these weights with their adapters switched off."""
