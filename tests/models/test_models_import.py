@@ -14,6 +14,8 @@ def test_every_public_name_is_there_and_documented():
 
 
 def test_importing_models_imports_no_optional_package():
-    program = "import sys, regimen.models; print([m for m in ('diffusers', 'peft', 'transformers') if m in sys.modules])"
+    program = (
+        "import sys, regimen.models; print([m for m in ('diffusers', 'peft', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

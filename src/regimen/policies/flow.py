@@ -255,7 +255,7 @@ class FlowPolicy(nn.Module):
 
     def reference(self) -> FlowPolicy:
         """A frozen policy with the present weights, or these weights with their adapters switched off."""
-        if hasattr(self.denoiser, "adapters_disabled"):
+        if getattr(self.denoiser, "has_adapters", False):
             return _WithoutAdapters(self)
         frozen = copy.deepcopy(self)
         return frozen.requires_grad_(False).eval()
