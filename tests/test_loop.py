@@ -198,7 +198,7 @@ def test_reward_of_wrong_shape_is_a_failure_that_names_it() -> None:
     def table(rollout: Rollout) -> torch.Tensor:
         return torch.zeros(len(rollout), 7)
 
-    with pytest.raises(RunError, match=r"returned shape \[8, 7\], expected \[8\]"):
+    with pytest.raises(RunError, match=r"returned shape \[64, 7\], expected \[64\]"):
         train(Regimen(Cast(policy=tiny_policy()), [reinforce(reward=table)]))
 
 

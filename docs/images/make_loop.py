@@ -30,14 +30,16 @@ def box(index: int) -> str:
         f'<text x="{middle}" y="{y}" font-size="{size}" font-weight="{weight}" fill="{fill}">{text}</text>'
         for y, size, weight, fill, text in texts
     )
-    return f'<rect x="{x}" y="{TOP}" width="{BOX}" height="118" rx="12" fill="#fff" stroke="{colour}" stroke-width="2"/>{lines}'
+    frame = f'x="{x}" y="{TOP}" width="{BOX}" height="118" rx="12" fill="#fff" stroke="{colour}" stroke-width="2"'
+    return f"<rect {frame}/>{lines}"
 
 
 def arrows() -> str:
     """The rollout from verb to verb, and the knobs back to the start."""
     y = TOP + 59
     forward = "".join(
-        f'<path d="M{30 + (i + 1) * BOX + i * GAP + 4} {y} h{GAP - 12}" stroke="{LINE}" stroke-width="2.5" marker-end="url(#tip)"/>'
+        f'<path d="M{30 + (i + 1) * BOX + i * GAP + 4} {y} h{GAP - 12}" stroke="{LINE}" stroke-width="2.5" '
+        'marker-end="url(#tip)"/>'
         for i in range(4)
     )
     left, right, bottom = 30 + BOX / 2, 30 + 4 * (BOX + GAP) + BOX / 2, TOP + 118
@@ -61,7 +63,8 @@ def main() -> None:
     body = "".join(box(i) for i in range(5)) + arrows()
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} 226" font-family="system-ui, sans-serif" '
-        f'text-anchor="middle"><defs>{tip}</defs><rect width="{WIDTH}" height="226" rx="14" fill="#fafafa"/>{body}</svg>\n'
+        f'text-anchor="middle"><defs>{tip}</defs><rect width="{WIDTH}" height="226" rx="14" fill="#fafafa"/>'
+        f"{body}</svg>\n"
     )
     Path(__file__).with_name("loop.svg").write_text(svg)
 

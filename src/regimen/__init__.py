@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regimen.cast import Cast, ReferenceRefresh
-    from regimen.check import check
+    from regimen.checkers import check
     from regimen.knobs import Knob, Knobs
     from regimen.loop import Interrupted, Outcome, train
     from regimen.memory import NewestRollout, ReplayMemory
@@ -44,7 +44,7 @@ _HOME = {
     "Stage": "regimen",
     "StorageError": "storage",
     "Update": "update",
-    "check": "check",
+    "check": "checkers",
     "train": "loop",
 }
 

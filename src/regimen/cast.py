@@ -12,6 +12,8 @@ from torch import nn
 
 from regimen.knobs import Knob
 
+CopyKind = Literal["snapshot", "fork", "reference"]
+
 
 class Cast(Mapping[str, Any]):
     """Named members: `policy`, and where a paper needs them `reference`, `critic`, `reward_model`, ...
@@ -22,8 +24,9 @@ class Cast(Mapping[str, Any]):
 
     def __init__(self, **members: Any) -> None:
         self._members = dict(members)
-        self._copied_from: dict[str, str] = {}
-        self._trainable = {id(p) for m in self._modules() for p in m.parameters() if p.requires_grad}
+        self._copies: dict[str, tuple[CopyKind, str]] = {}
+        # The parameters themselves, not their ids only: the id of one that is gone is given to another.
+        self._trainable = {id(p): p for m in self._modules() for p in m.parameters() if p.requires_grad}
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._members:
@@ -51,7 +54,7 @@ class Cast(Mapping[str, Any]):
     def knobs(self) -> Iterator[tuple[str, Knob]]:
         """(member, knob) for every knob that a member reads."""
         for name, member in self._members.items():
-            if name not in self._copied_from:
+            if name not in self._copies:
                 for knob in getattr(member, "knobs", ()):
                     yield f"{type(member).__name__} '{name}'", knob
 
@@ -72,7 +75,8 @@ class Cast(Mapping[str, Any]):
 
     def train_only(self, names: Iterable[str]) -> None:
         """Let gradients flow into some members and no others."""
-        wanted = {id(p) for p in self.trainable(names)} if (names := list(names)) else set()
+        names = list(names)
+        wanted = {id(p) for p in self.trainable(names)}
         for module in self._modules():
             for parameter in module.parameters():
                 parameter.requires_grad_(id(parameter) in wanted)
@@ -81,32 +85,32 @@ class Cast(Mapping[str, Any]):
         """Keep a frozen copy of a member under another name (replacing the one that was there)."""
         frozen = copy.deepcopy(self[name])
         if isinstance(frozen, nn.Module):
-            frozen.requires_grad_(False).eval()
-        self._members[as_] = frozen
-        self._copied_from[as_] = name
+            frozen.requires_grad_(False).eval().zero_grad(set_to_none=True)
+        self._put(as_, frozen, "snapshot", name)
 
     def adopt(self, name: str, member: Any, of: str) -> None:
-        """Add a ready-made frozen member that derives from another."""
-        self._members[name] = member
-        self._copied_from[name] = of
+        """Add a frozen member that derives from another, as that one's `reference()` gives it."""
+        self._put(name, member, "reference", of)
 
     def fork(self, name: str, as_: str) -> None:
         """Add a trainable copy of a member under another name."""
         child = copy.deepcopy(self[name])
+        self._put(as_, child, "fork", name)
         if isinstance(child, nn.Module):
             twins = zip(self[name].parameters(), child.parameters(), strict=True)
-            self._trainable |= {id(new) for old, new in twins if id(old) in self._trainable}
-        self._members[as_] = child
-        self._copied_from[as_] = name
+            self._trainable |= {id(new): new for old, new in twins if id(old) in self._trainable}
 
     def restore(self, name: str, source: str) -> None:
         """Copy the weights of one member into another of the same shape."""
         self[name].load_state_dict(self[source].state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Every member's state and where copies came from."""
-        states = {n: m.state_dict() for n, m in self._members.items() if hasattr(m, "state_dict")}
-        return {"members": states, "copied_from": dict(self._copied_from)}
+        """Every member's state and version, and where copies came from."""
+        return {
+            "members": {n: m.state_dict() for n, m in self._members.items() if hasattr(m, "state_dict")},
+            "versions": {n: m.version for n, m in self._members.items() if hasattr(m, "version")},
+            "copies": {name: list(origin) for name, origin in self._copies.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore members in place; copies that do not exist yet are made first.
@@ -114,14 +118,29 @@ class Cast(Mapping[str, Any]):
         Raises:
             ValueError: a member has another architecture than the one saved; the tensor and both shapes are named.
         """
-        for name, source in state["copied_from"].items():
+        for name, (kind, source) in state["copies"].items():
             if name not in self._members:
-                self.snapshot(source, name)
+                self._copy_again(name, kind, source)
         for name, saved in state["members"].items():
             member = self[name]
             if isinstance(member, nn.Module):
                 _check_architecture(name, member, saved)
             member.load_state_dict(saved)
+        for name, version in state["versions"].items():
+            self[name].version = version
+
+    def _put(self, name: str, member: Any, kind: CopyKind, source: str) -> None:
+        self._members[name], self._copies[name] = member, (kind, source)
+        present = {id(p) for module in self._modules() for p in module.parameters()}
+        self._trainable = {key: p for key, p in self._trainable.items() if key in present}
+
+    def _copy_again(self, name: str, kind: CopyKind, source: str) -> None:
+        if kind == "fork":
+            self.fork(source, name)
+        elif kind == "reference":
+            self.adopt(name, self[source].reference(), of=source)
+        else:
+            self.snapshot(source, name)
 
     def _modules(self) -> list[nn.Module]:
         return [member for member in self._members.values() if isinstance(member, nn.Module)]
@@ -196,9 +215,16 @@ class ReferenceRefresh:
         if self.mode == "copy":
             cast.restore(self.member, self.of)
             return
-        copied, source = cast[self.member].state_dict(), cast[self.of].state_dict()
-        floats = [key for key, value in source.items() if value.is_floating_point()]
-        with torch.no_grad():
-            torch._foreach_lerp_([copied[k] for k in floats], [source[k] for k in floats], 1 - self.decay)
-            for key in source.keys() - set(floats):
-                copied[key].copy_(source[key])
+        self._follow(cast[self.member], cast[self.of])
+
+    @torch.no_grad()
+    def _follow(self, copied: nn.Module, source: nn.Module) -> None:
+        # Not by `state_dict`, which lists tied weights twice.
+        pairs = list(zip(copied.parameters(), source.parameters(), strict=True))
+        pairs += list(zip(copied.buffers(), source.buffers(), strict=True))  # type: ignore[arg-type]
+        floats = [(old, new) for old, new in pairs if old.is_floating_point()]
+        if floats:
+            torch._foreach_lerp_([old for old, _ in floats], [new for _, new in floats], 1 - self.decay)
+        for old, new in pairs:
+            if not old.is_floating_point():
+                old.copy_(new)

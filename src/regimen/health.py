@@ -33,11 +33,37 @@ class HealthMonitor:
     ) -> dict[str, float]:
         """Facts of this iteration; `fresh` then holds the warnings to show (each at counts 1, 10, 100, ...)."""
         self.fresh = []
-        facts: dict[str, float] = {}
-        counts = rollout.task_counts()
-        for task in expected_tasks:
+        self._tasks(rollout, expected_tasks)
+        facts = self._facts(rollout)
+        self._components(rollout)
+        for name, value in metrics.items():
+            if name.endswith("/grad_norm") and value == 0:
+                self._warn(f"{name} is 0: nothing was learned in this iteration; look at health/flat_groups")
+        if first_ratio_deviation is not None and first_ratio_deviation > RATIO_TOLERANCE:
+            self._warn(
+                "the ratio before the first update is not 1; the policy is not scored as it was sampled (dropout, "
+                "another guidance scale, half precision)",
+                f"off by {first_ratio_deviation:.2g}",
+            )
+        if skipped:
+            self._warn(
+                "a gradient step was skipped because its loss or gradient was not finite; lower the learning rate"
+            )
+        return facts
+
+    def _tasks(self, rollout: Rollout, expected: tuple[str, ...]) -> None:
+        counts, learned = rollout.task_counts(), rollout[rollout.loss_mask.any(1)].task_counts()
+        for task in expected:
             if counts.get(task, 0) == 0:
                 self._warn(f"task '{task}' has no sample in the batch; raise batch_size or the knob mixture/{task}")
+            elif learned[task] == 0 and rollout.reward is not None:
+                self._warn(
+                    f"no sample of task '{task}' is left to learn from: no reward that trains applies to it, or all "
+                    "failed; look at the counts of its components, and at the names given to .on(...)"
+                )
+
+    def _facts(self, rollout: Rollout) -> dict[str, float]:
+        facts: dict[str, float] = {}
         if rollout.reward is not None:
             facts["health/flat_groups"] = flat_groups(rollout)
             if facts["health/flat_groups"] > 0.9:
@@ -45,23 +71,10 @@ class HealthMonitor:
                     "over 90 % of the groups have no spread of reward, so they teach nothing; raise the knob "
                     "temperature or noise_level, the group size, or the spread of difficulty"
                 )
-        if "truncated" in rollout.columns:
+        if "truncated" in rollout.columns.keys():  # noqa: SIM118
             facts["health/truncated"] = float(rollout["truncated"].float().mean())
             if facts["health/truncated"] > 0.5:
                 self._warn("over half of the samples were cut off at the length limit; raise the limit")
-        self._components(rollout)
-        for name, value in metrics.items():
-            if name.endswith("/grad_norm") and value == 0:
-                self._warn(f"{name} is 0: nothing was learned in this iteration; look at health/flat_groups")
-        if first_ratio_deviation is not None and first_ratio_deviation > RATIO_TOLERANCE:
-            self._warn(
-                f"the ratio before the first update is off by {first_ratio_deviation:.2g}; the policy is not scored "
-                "as it was sampled (dropout, another guidance scale, half precision)"
-            )
-        if skipped:
-            self._warn(
-                "a gradient step was skipped because its loss or gradient was not finite; lower the learning rate"
-            )
         return facts
 
     def _components(self, rollout: Rollout) -> None:
@@ -73,10 +86,12 @@ class HealthMonitor:
             if self._silent[name] == SILENT_AFTER:
                 self._warn(f"reward component '{name}' has been 0 for {SILENT_AFTER} iterations; is it ever earned?")
 
-    def _warn(self, text: str) -> None:
+    def _warn(self, text: str, detail: str = "") -> None:
+        """Count a warning; `detail` is shown, and told apart from no other."""
         count = self.warnings[text] = self.warnings.get(text, 0) + 1
         if str(count).rstrip("0") == "1":
-            self.fresh.append(text if count == 1 else f"{text} ({count} times)")
+            notes = [note for note in (detail, f"{count} times" if count > 1 else "") if note]
+            self.fresh.append(f"{text} ({', '.join(notes)})" if notes else text)
 
     def state_dict(self) -> dict[str, Any]:
         """Counts so far."""
@@ -88,9 +103,14 @@ class HealthMonitor:
 
 
 def flat_groups(rollout: Rollout) -> float:
-    """Share of groups (of two samples or more) whose members all have the same total reward."""
+    """Share of groups (of two samples or more) whose members all have the same total reward.
+
+    Samples that left the loss count nowhere.
+    """
+    judged = rollout.loss_mask.any(1)
     total = rollout.reward if rollout.reward.ndim == 1 else (rollout.reward * rollout.mask).sum(1)
-    _, index, size = rollout.group.unique(return_inverse=True, return_counts=True)
+    total, group = total[judged], rollout.group[judged]
+    _, index, size = group.unique(return_inverse=True, return_counts=True)
     start = torch.full((len(size),), torch.inf, device=total.device)
     low = start.scatter_reduce(0, index, total, "amin")
     high = (-start).scatter_reduce(0, index, total, "amax")

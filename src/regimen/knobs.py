@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Knob:
 
     def __post_init__(self) -> None:
         self.checked(self.default, "its default")
+        if self.evaluation is not None:
+            self.checked(self.evaluation, "its evaluation value")
 
     def checked(self, value: float, source: str) -> float:
         """The value as this knob holds it; `ValueError` if it is not finite or outside the range."""
@@ -61,24 +63,27 @@ class Knobs(Mapping[str, float]):
         """Collect declarations `(owner, knob)`; `overrides` replace defaults.
 
         Raises:
-            ValueError: two owners declare one knob with different defaults and no override settles it, or an
-                override names a knob that nobody reads.
+            ValueError: two owners declare one knob with different defaults and no override settles it, or with
+                different evaluation values; an override names a knob that nobody reads; a value is out of range.
         """
         overrides = dict(overrides or {})
         self._knobs: dict[str, Knob] = {}
         self._owners: dict[str, list[str]] = {}
         for owner, knob in declared:
             known = self._knobs.get(knob.name)
-            if known is not None and known.default != knob.default and knob.name not in overrides:
-                raise ValueError(
-                    f"knob '{knob.name}' has two defaults: {known.default} ({self._owners[knob.name][0]}) and "
-                    f"{knob.default} ({owner}); settle it with Regimen(knobs={{'{knob.name}': ...}})"
-                )
+            if known is not None:
+                owners = f"({self._owners[knob.name][0]})", f"({owner})"
+                _check_agree(known, knob, owners, settled=knob.name in overrides)
             self._knobs[knob.name] = knob if known is None else _narrower(known, knob)
             self._owners.setdefault(knob.name, []).append(owner)
         self._values = {name: knob.checked(knob.default, "its default") for name, knob in self._knobs.items()}
         for name, value in overrides.items():
             self.set(name, value, by="the regimen's own setting")
+
+    @classmethod
+    def of(cls, *parts: Any, **overrides: float) -> Self:
+        """The board of some parts, each with `knobs`: for parts that are used outside a regimen."""
+        return cls(((type(part).__name__, knob) for part in parts for knob in part.knobs), overrides)
 
     def __getitem__(self, name: str) -> float:
         try:
@@ -114,7 +119,7 @@ class Knobs(Mapping[str, float]):
 
     def for_evaluation(self) -> dict[str, float]:
         """The values in force with every training aid at its evaluation value."""
-        forced = {n: k.evaluation for n, k in self._knobs.items() if k.evaluation is not None}
+        forced = {n: k.checked(k.evaluation, n) for n, k in self._knobs.items() if k.evaluation is not None}
         return {**self._values, **forced}
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,6 +130,19 @@ class Knobs(Mapping[str, float]):
         """Restore the values of a checkpoint."""
         for name, value in state.items():
             self.set(name, value, by="the checkpoint")
+
+
+def _check_agree(a: Knob, b: Knob, owners: tuple[str, str], settled: bool) -> None:
+    if a.default != b.default and not settled:
+        raise ValueError(
+            f"knob '{a.name}' has two defaults: {a.default} {owners[0]} and {b.default} {owners[1]}; "
+            f"settle it with Regimen(knobs={{'{a.name}': ...}})"
+        )
+    if a.evaluation is not None and b.evaluation is not None and a.evaluation != b.evaluation:
+        raise ValueError(
+            f"knob '{a.name}' has two evaluation values: {a.evaluation} {owners[0]} and {b.evaluation} {owners[1]}; "
+            "give both owners the same"
+        )
 
 
 def _narrower(a: Knob, b: Knob) -> Knob:
@@ -142,8 +160,9 @@ def _narrower(a: Knob, b: Knob) -> Knob:
 class Weight:
     """The factor before a term of a reward or an objective: a constant sign or scale times a knob.
 
-    `0.2 * format` declares the knob `weight/format` with default 0.2, so that a controller may move it;
-    `Knob("kl_weight", 0.01) * ReferenceKL()` takes the knob it is given.
+    `0.2 * format` declares the knob `weight/format` with default 0.2, so that a controller may move it, and so
+    does `-0.2 * format`, whose sign is constant; `Knob("kl_weight", 0.01) * ReferenceKL()` takes the knob it is
+    given.
     """
 
     knob: Knob
@@ -152,7 +171,9 @@ class Weight:
     @classmethod
     def of(cls, value: float | Knob, component: str) -> Weight:
         """The weight that stands before `component`."""
-        return cls(value if isinstance(value, Knob) else Knob(f"weight/{component}", float(value)))
+        if isinstance(value, Knob):
+            return cls(value)
+        return cls(Knob(f"weight/{component}", abs(float(value))), math.copysign(1.0, value))
 
     def times(self, factor: float) -> Weight:
         """The weight with its constant part multiplied."""

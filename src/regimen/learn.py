@@ -80,17 +80,21 @@ class Learner:
             part = rollout if size >= len(rollout) else rollout[rows]
             batch = Batch(part, cast, knobs, rng, normaliser=rollout.loss_mask, rows=rows)
             loss = self.update.objective(batch)
-            if not loss.total.requires_grad:
-                raise ValueError(
-                    f"update '{self.update.name}': the loss does not depend on any trainable parameter of "
-                    f"{', '.join(self.update.members)}; check which member the objective trains"
-                )
-            loss.total.backward()
+            if loss.total.requires_grad:
+                loss.total.backward()
             shares = {name: value.detach() * batch.share for name, value in loss.metrics.items()}
             losses = {f"loss/{name}": value.detach() for name, value in loss.components.items()}
             for name, value in {"loss": loss.total.detach(), **losses, **shares}.items():
                 sums[name] = sums[name] + value if name in sums else value
+        self._check_reached()
         return sums
+
+    def _check_reached(self) -> None:
+        if all(p.grad is None for p in self._parameters):
+            raise ValueError(
+                f"update '{self.update.name}': the loss does not depend on any trainable parameter of "
+                f"{', '.join(self.update.members)}; check which member the objective trains"
+            )
 
     def _clip(self) -> Tensor:
         limit = self.update.max_grad_norm

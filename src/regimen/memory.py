@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from tensordict import TensorDict
 
-from regimen.rollout import Rollout
+from regimen.rollout import Rollout, check_joinable
 
 
 @runtime_checkable
@@ -67,15 +66,17 @@ class NewestRollout:
 
 
 class ReplayMemory:
-    """A ring of the last `capacity` samples, preallocated; rewards are stored raw."""
+    """A ring of the last `capacity` samples, preallocated; rewards are stored raw.
+
+    Shorter rollouts are padded to the longest seen; the ring grows with it.
+    """
 
     def __init__(self, capacity: int) -> None:
         """`ValueError` for a capacity below 1."""
         if capacity < 1:
             raise ValueError(f"ReplayMemory: capacity is {capacity}, expected at least 1")
         self.capacity = capacity
-        self._ring: TensorDict | None = None
-        self._names: tuple[str, ...] = ()
+        self._ring: Rollout | None = None
         self._count = 0
         self._newest = NewestRollout()
 
@@ -83,17 +84,31 @@ class ReplayMemory:
         return min(self._count, self.capacity)
 
     def add(self, rollout: Rollout) -> None:
-        """Store a rollout's samples over the oldest ones."""
+        """Store a rollout's samples over the oldest ones.
+
+        Raises:
+            ValueError: it is of other tasks than those kept, or has other fields.
+        """
         self._newest.add(rollout)
-        data, names = rollout.data.detach(), rollout.task_names
+        if len(rollout) == 0:
+            return
+        ring = self._room_for(rollout)
+        kept = rollout[-self.capacity :].padded(ring.steps).data.detach()
+        slots = (self._count + len(rollout) - len(kept) + torch.arange(len(kept))) % self.capacity
+        ring.data[slots] = kept.to(ring.task.device)
+        self._count += len(rollout)
+
+    def _room_for(self, rollout: Rollout) -> Rollout:
         if self._ring is None:
-            self._ring, self._names = data[:1].expand(self.capacity).clone(), names
-        if names != self._names:
-            raise ValueError(f"ReplayMemory holds tasks {self._names} and was given {names}; keep one per set of tasks")
-        kept = data[-self.capacity :]
-        slots = (self._count + len(data) - len(kept) + torch.arange(len(kept))) % self.capacity
-        self._ring[slots] = kept
-        self._count += len(data)
+            self._ring = _ring_of(rollout, self.capacity)
+        if rollout.task_names != self._ring.task_names:
+            raise ValueError(
+                f"ReplayMemory holds tasks {self._ring.task_names} and was given {rollout.task_names}; keep one per "
+                "set of tasks"
+            )
+        self._ring = self._ring.padded(max(self._ring.steps, rollout.steps))
+        check_joinable(self._ring.data, rollout[:1].padded(self._ring.steps).data, "the memory and a new rollout")
+        return self._ring
 
     def newest(self) -> Rollout:
         """The rollout that came last."""
@@ -104,19 +119,22 @@ class ReplayMemory:
         if self._ring is None:
             raise ValueError("the memory is empty: collect before you learn")
         index = torch.randint(len(self), (size,), generator=rng, device=rng.device)
-        return Rollout(self._ring[index], self._names)
+        drawn: Rollout = self._ring[index.to(self._ring.task.device)]
+        return drawn.to(rng.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The ring and how far it is filled."""
-        ring = None if self._ring is None else Rollout(self._ring[: len(self)], self._names).state_dict()
+        ring = None if self._ring is None else self._ring[: len(self)].state_dict()
         return {"ring": ring, "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the ring."""
-        self._count = int(state["count"])
-        if state["ring"] is None:
-            return
-        rollout = Rollout.from_state_dict(state["ring"])
-        self._names = rollout.task_names
-        self._ring = rollout.data[:1].expand(self.capacity).clone()
-        self._ring[: len(rollout)] = rollout.data
+        self._count, self._ring = int(state["count"]), None
+        if state["ring"] is not None:
+            rollout = Rollout.from_state_dict(state["ring"])
+            self._ring = _ring_of(rollout, self.capacity)
+            self._ring.data[: len(rollout)] = rollout.data
+
+
+def _ring_of(rollout: Rollout, capacity: int) -> Rollout:
+    return Rollout(rollout.data[:1].detach().expand(capacity).clone(), rollout.task_names)

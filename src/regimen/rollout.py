@@ -15,7 +15,9 @@ _PER_SAMPLE = ("task", "group", "version", "started_at", "finished_at")
 _PER_STEP = ("logprobs", "mask", "loss_mask", "discount", "segment", "advantages")
 _PER_STEP_WIDE = ("observations", "actions")
 _TABLES = ("context", "knobs", "columns", "rewards", "status")
-FIELDS = (*_PER_SAMPLE, *_PER_STEP, *_PER_STEP_WIDE, *_TABLES, "reward")
+STEP_FIELDS = (*_PER_STEP, *_PER_STEP_WIDE)
+FIELDS = (*_PER_SAMPLE, *STEP_FIELDS, *_TABLES, "reward")
+_DTYPES = {"mask": torch.bool, "loss_mask": torch.bool, "task": torch.int64, "group": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -70,22 +72,20 @@ class Rollout:
             raise ValueError(f"rollout field 'mask' has shape {list(mask.shape)} {mask.dtype}, expected [B, T] bool")
         batch, steps = mask.shape
         device = mask.device
-        fields.setdefault("loss_mask", mask)
-        fields.setdefault("discount", torch.ones(batch, steps, device=device))
-        tables = {
-            "context": _table(context, batch, device),
-            "columns": _table(columns, batch, device),
-            "knobs": _table(
-                {k: torch.full((), v, device=device).expand(batch) for k, v in (knobs or {}).items()},
-                batch,
-                device,
-            ),
+        in_force = {name: torch.full((), value, device=device).expand(batch) for name, value in (knobs or {}).items()}
+        given = {
+            "task": torch.zeros(batch, dtype=torch.int64, device=device),
+            "group": group,
+            "mask": mask,
+            "loss_mask": mask,
+            "discount": torch.ones(batch, steps, device=device),
+            "context": context if context is not None else {},
+            "columns": columns if columns is not None else {},
+            "knobs": in_force,
+            **fields,
         }
-        index = torch.zeros(batch, dtype=torch.int64, device=device)
-        given = {"task": index, "group": group, "mask": mask, **fields}
-        for name, value in given.items():
-            check_field(name, value, batch, steps)
-        return cls(TensorDict({**given, **tables}, batch_size=[batch], device=device), (task,))
+        data = {name: _as_field(name, value, batch, steps, device) for name, value in given.items()}
+        return cls(TensorDict(data, batch_size=[batch], device=device), (task,))
 
     def __len__(self) -> int:
         return int(self.data.batch_size[0])
@@ -104,12 +104,11 @@ class Rollout:
         raise AttributeError(f"a rollout has no field '{name}'; side columns are read as rollout['{name}']")
 
     def column(self, name: str) -> Any:
-        """Side column `name`; `KeyError` with those there are."""
-        value = self.columns.get(name, None)
-        if value is None:
+        """Side column `name`, a list if it holds texts; `KeyError` with those there are."""
+        if name not in self.columns.keys():  # noqa: SIM118
             there = ", ".join(sorted(self.columns.keys())) or "none"
             raise KeyError(f"the rollout of task {'/'.join(self.task_names)} has no column '{name}'; it has: {there}")
-        return value
+        return self.columns[name]
 
     @property
     def steps(self) -> int:
@@ -127,21 +126,28 @@ class Rollout:
 
         Tables (`columns`, `rewards`, `status`) given as mappings replace the whole table.
         """
-        data = self.data.copy()
+        # Not `copy`, which goes through every text of every table.
+        data = self.data.exclude(*fields)
         for name, value in fields.items():
-            if name in _TABLES:
-                value = _table(value, len(self), self.mask.device)
-            else:
-                check_field(name, value, len(self), self.steps)
-            data.set(name, value)
+            data.set(name, _as_field(name, value, len(self), self.steps, self.mask.device))
         return type(self)(data, self.task_names)
 
     def with_columns(self, **columns: Any) -> Self:
         """The rollout with side columns added or changed."""
-        table = self.columns.copy()
-        for name, value in _table(columns, len(self), self.mask.device).items():
+        table = self.columns.exclude(*columns)
+        for name, value in _table("columns", columns, [len(self)], self.mask.device).items():
             table.set(name, value)
         return self.replace(columns=table)
+
+    def padded(self, steps: int) -> Self:
+        """The rollout with `T` raised to `steps`; the new steps are masked.
+
+        Raises:
+            ValueError: it has more steps.
+        """
+        if steps < self.steps:
+            raise ValueError(f"the rollout has {self.steps} steps and cannot be padded to {steps}")
+        return self if steps == self.steps else type(self)(_padded(self.data, steps), self.task_names)
 
     def of_task(self, name: str) -> Self:
         """The rows of one task (possibly none)."""
@@ -163,41 +169,54 @@ class Rollout:
         """One rollout of several, padded to the longest; groups of different parts stay different.
 
         Raises:
-            ValueError: the parts do not have the same fields, or a field's shape differs beyond `[B, T]`.
+            ValueError: there are no parts, they do not have the same fields, or a field's shape differs beyond
+                `[B, T]`.
         """
+        if not parts:
+            raise ValueError("Rollout.cat was given no parts; expected at least one rollout")
         if len(parts) == 1:
             return parts[0]
         names = tuple(dict.fromkeys(name for part in parts for name in part.task_names))
         steps = max(part.steps for part in parts)
         tables, next_group = [], 0
         for part in parts:
-            data = part.data.copy() if part.steps == steps else _padded(part.data, steps)
             remap = torch.tensor([names.index(name) for name in part.task_names], device=part.task.device)
-            data.set("task", remap[part.task])
-            _, group = part.group.unique(return_inverse=True)
-            data.set("group", group + next_group)
-            next_group += int(group.max()) + 1 if len(part) else 0
-            tables.append(data)
-        _check_same_keys(tables, parts)
+            distinct, group = part.group.unique(return_inverse=True)
+            tables.append(part.padded(steps).replace(task=remap[part.task], group=group + next_group).data)
+            next_group += len(distinct)
+        for other, part in zip(tables[1:], parts[1:], strict=True):
+            check_joinable(tables[0], other, f"rollouts of tasks {parts[0].task_names} and {part.task_names}")
         return cls(torch.cat(tables, 0), names)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain nested tensors and lists, for a checkpoint."""
-        return {"task_names": list(self.task_names), "data": _plain(self.data), "rows": len(self)}
+        return {"task_names": list(self.task_names), "data": _plain(self.data)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
         """The rollout that `state_dict` described."""
-        data = _table(state["data"], int(state["rows"]), None)
+        data = _unplain(state["data"])
         return cls(data, tuple(state["task_names"]))
+
+
+def _as_field(name: str, value: Any, batch: int, steps: int, device: Any) -> Any:
+    """A field's value as a rollout stores it, its shape and type checked."""
+    if name in _TABLES:
+        return _table(name, value, [batch], device)
+    if name in _PER_STEP_WIDE and isinstance(value, Mapping):
+        value = _table(name, value, [batch, steps], device)
+    check_field(name, value, batch, steps)
+    return value
 
 
 def check_field(name: str, value: Any, batch: int, steps: int) -> None:
     """Raise `ValueError` naming field, shape and expected shape unless the value fits a rollout."""
     if name not in FIELDS:
         raise ValueError(f"'{name}' is not a field of a rollout ({', '.join(FIELDS)}); put it among the columns")
-    if value is None:
-        raise ValueError(f"rollout field '{name}' is None; leave the field out instead")
+    if not isinstance(value, Tensor | TensorDict):
+        raise ValueError(
+            f"rollout field '{name}' is a {type(value).__name__}, expected a tensor; leave out what is not there"
+        )
     shape = tuple(value.batch_size if isinstance(value, TensorDict) else value.shape)
     if name in _PER_SAMPLE:
         good, expected = shape == (batch,), f"[{batch}]"
@@ -209,34 +228,77 @@ def check_field(name: str, value: Any, batch: int, steps: int) -> None:
         good, expected = shape == (batch, steps), f"[{batch}, {steps}]"
     if not good:
         raise ValueError(f"rollout field '{name}' has shape {list(shape)}, expected {expected} (B={batch}, T={steps})")
+    if (dtype := _DTYPES.get(name)) is not None and value.dtype != dtype:
+        raise ValueError(f"rollout field '{name}' is of type {value.dtype}, expected {dtype}")
 
 
-def _table(value: Any, batch: int, device: Any) -> TensorDict:
-    """A table `[batch]` from a mapping of tensors, nested mappings or lists of strings."""
+def check_joinable(a: TensorDict, b: TensorDict, what: str) -> None:
+    """Raise `ValueError` unless two tables have the same entries with rows of the same shapes."""
+    first, second = _leaf_shapes(a), _leaf_shapes(b)
+    remedy = "give both the same contexts and columns (zeros and a flag where one has none)"
+    if odd := sorted(first.keys() ^ second.keys()):
+        raise ValueError(f"{what} cannot be joined: only one of them has {', '.join(odd)}; {remedy}")
+    for name, shape in first.items():
+        if shape != second[name]:
+            raise ValueError(f"{what} cannot be joined: '{name}' has rows of {shape} and of {second[name]}; {remedy}")
+
+
+def _leaf_shapes(table: TensorDict, prefix: str = "") -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for name, value in table.items():
+        if isinstance(value, TensorDict):
+            shapes |= _leaf_shapes(value, f"{prefix}{name}/")
+        else:
+            shapes[f"{prefix}{name}"] = list(value.shape[1:])
+    return shapes
+
+
+def _table(owner: str, value: Any, batch: Sequence[int], device: Any) -> TensorDict:
+    """A table of `batch` rows from a mapping of tensors, nested mappings or lists (of numbers or texts)."""
     if isinstance(value, TensorDict):
+        if list(value.batch_size[: len(batch)]) != list(batch):
+            raise ValueError(f"rollout field '{owner}' is a table {list(value.batch_size)}, expected {list(batch)}")
         return value
-    table = TensorDict({}, batch_size=[batch], device=device)
-    for name, entry in (value or {}).items():
-        if isinstance(entry, Mapping) and not isinstance(entry, TensorDict):
-            entry = _table(entry, batch, device)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"rollout field '{owner}' is a {type(value).__name__}, expected a mapping or a table")
+    table = TensorDict({}, batch_size=batch, device=device)
+    for name, entry in value.items():
+        if isinstance(entry, Mapping):
+            entry = _table(f"{owner}/{name}", entry, batch, device)
         elif isinstance(entry, list | tuple):
-            entry = NonTensorStack(*entry)
-        if len(entry) != batch:
-            raise ValueError(f"rollout column '{name}' has {len(entry)} rows, expected {batch}")
+            numbers = entry and all(isinstance(item, bool | int | float) for item in entry)
+            entry = torch.tensor(entry) if numbers else NonTensorStack(*entry)
+        elif not isinstance(entry, TensorDict | NonTensorStack):
+            entry = torch.as_tensor(entry)
+        if list(entry.shape[: len(batch)]) != list(batch):
+            raise ValueError(
+                f"rollout field '{owner}': '{name}' has shape {list(entry.shape)}, expected "
+                f"[{', '.join(map(str, batch))}, ...]"
+            )
         table.set(name, entry)
     return table
 
 
 def _plain(table: TensorDict) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
+    """A table as nested dicts of tensors and lists, with its own shape beside them."""
+    entries: dict[str, Any] = {}
     for name, value in table.items():
-        if isinstance(value, Tensor):
-            plain[name] = value
-        elif isinstance(value, TensorDict):
-            plain[name] = _plain(value)
+        if isinstance(value, TensorDict):
+            entries[name] = _plain(value)
         else:
-            plain[name] = value.tolist()
-    return plain
+            entries[name] = value if isinstance(value, Tensor) else value.tolist()
+    return {"shape": list(table.batch_size), "entries": entries}
+
+
+def _unplain(plain: Mapping[str, Any]) -> TensorDict:
+    table = TensorDict({}, batch_size=plain["shape"], device="cpu")
+    for name, value in plain["entries"].items():
+        if isinstance(value, Mapping):
+            value = _unplain(value)
+        elif isinstance(value, list | tuple):
+            value = NonTensorStack(*value)
+        table.set(name, value)
+    return table
 
 
 def _padded(data: TensorDict, steps: int) -> TensorDict:
@@ -248,25 +310,12 @@ def _padded(data: TensorDict, steps: int) -> TensorDict:
             return value.apply(grown, batch_size=[value.batch_size[0], steps])
         return torch.cat([value, value.new_zeros(value.shape[0], steps - old, *value.shape[2:])], 1)
 
-    padded = data.copy()
-    for name in (*_PER_STEP, *_PER_STEP_WIDE):
-        if (value := data.get(name, None)) is not None:
-            padded.set(name, grown(value))
-    for name in ("rewards",):
-        if (value := data.get(name, None)) is not None:
+    names = [name for name in (*STEP_FIELDS, "reward", "rewards") if name in data.keys()]  # noqa: SIM118
+    padded = data.exclude(*names)
+    for name in names:
+        value = data.get(name)
+        if name == "rewards":
             padded.set(name, value.apply(lambda v: grown(v) if v.ndim > 1 else v))
-    if (value := data.get("reward", None)) is not None and value.ndim > 1:
-        padded.set("reward", grown(value))
+        else:
+            padded.set(name, value if name == "reward" and value.ndim == 1 else grown(value))
     return padded
-
-
-def _check_same_keys(tables: Sequence[TensorDict], parts: Sequence[Rollout]) -> None:
-    reference = set(tables[0].keys(include_nested=True))
-    for table, part in zip(tables[1:], parts[1:], strict=True):
-        odd = reference.symmetric_difference(table.keys(include_nested=True))
-        if odd:
-            named = ", ".join(sorted("/".join(k) if isinstance(k, tuple) else k for k in odd))
-            raise ValueError(
-                f"rollouts of tasks {parts[0].task_names} and {part.task_names} cannot be joined: only one of them "
-                f"has {named}; give both tasks the same contexts and columns (zeros and a flag where one has none)"
-            )

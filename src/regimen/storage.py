@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 _TENSOR, _ITEMS, _TUPLE = "__tensor__", "__items__", "__tuple__"
@@ -47,6 +47,22 @@ def load_tree(path: Path) -> Any:
         return _decode(json.loads(metadata["tree"]), tensors)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StorageError(f"{path} cannot be read ({error}); it is truncated or not a file of this library") from error
+
+
+def pack_tree(tree: Any) -> bytes:
+    """What `save_tree` writes, as bytes; the same values and errors."""
+    tensors: dict[str, Tensor] = {}
+    structure = _encode(tree, tensors, {}, "")
+    return save(tensors, metadata={"tree": json.dumps(structure)})
+
+
+def unpack_tree(data: bytes) -> Any:
+    """Read what `pack_tree` made; `StorageError` for anything else."""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return _decode(json.loads(header["__metadata__"]["tree"]), load(data))
+    except (SafetensorError, LookupError, ValueError, TypeError) as error:
+        raise StorageError(f"{len(data)} bytes cannot be read as a tree ({error})") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -25,7 +25,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Epochs:
-    """Passes over the newest rollout, each shuffled and split into equal minibatches."""
+    """Passes over the newest rollout, each shuffled and split into minibatches of equal size (to within one)."""
 
     epochs: int = 1
     minibatches: int = 1
@@ -45,7 +45,7 @@ class Epochs:
                 yield rollout
                 continue
             order = torch.randperm(len(rollout), generator=rng, device=rng.device)
-            for index in order.chunk(self.minibatches):
+            for index in order.tensor_split(self.minibatches):
                 yield rollout[index]
 
 

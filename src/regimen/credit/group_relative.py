@@ -39,12 +39,11 @@ def group_relative(
         `[B]`. A group of which one sample is left gets 0.
 
     Raises:
-        ValueError: unequal shapes, an unknown `std`, or every group has a single sample.
+        ValueError: unequal shapes, an unknown setting, or every group has a single sample.
     """
     if rewards.ndim != 1 or rewards.shape != group.shape:
         raise ValueError(f"group_relative: rewards {list(rewards.shape)} and group {list(group.shape)}, expected [B]")
-    if std not in (None, *get_args(Spread)):
-        raise ValueError(f"group_relative: std '{std}' is not one of group, batch, None")
+    _check_settings("group_relative", std, ddof, eps)
     include = torch.ones_like(group, dtype=torch.bool) if include is None else include
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if len(index) else 0
@@ -54,20 +53,30 @@ def group_relative(
             "ask the task for group_size >= 2, or use a credit with a learned or running baseline"
         )
     weight = include.to(rewards.dtype)
-    count = torch.zeros(groups, dtype=rewards.dtype, device=rewards.device).index_add_(0, index, weight)
-    centred = (rewards - _group_mean(rewards * weight, index, count)) * weight
+    count = _sums(weight, index, groups)
+    # Taken from the group's smallest, so that equal rewards give exactly 0 and not a rounding error over eps.
+    low = torch.full_like(count, torch.inf).scatter_reduce(0, index, torch.where(include, rewards, torch.inf), "amin")
+    above = torch.where(include, rewards - low[index], 0)
+    centred = (above - (_sums(above, index, groups) / count.clamp(min=1))[index]) * weight
     if std is None:
         return centred
     if std == "batch":
         total = weight.sum().clamp(min=1)
-        around = (rewards - (rewards * weight).sum() / total) * weight
+        around = torch.where(include, rewards - torch.where(include, rewards, 0).sum() / total, 0)
         return centred / ((around.square().sum() / (total - ddof).clamp(min=1)).sqrt() + eps)
-    variance = torch.zeros_like(count).index_add_(0, index, centred.square()) / (count - ddof).clamp(min=1)
+    variance = _sums(centred.square(), index, groups) / (count - ddof).clamp(min=1)
     return centred / (variance.sqrt()[index] + eps)
 
 
-def _group_mean(values: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    return (torch.zeros_like(count).index_add_(0, index, values) / count.clamp(min=1))[index]
+def _check_settings(owner: str, std: Spread | None, ddof: int, eps: float) -> None:
+    if std not in (None, *get_args(Spread)):
+        raise ValueError(f"{owner}: std '{std}' is not one of {', '.join(get_args(Spread))}, None")
+    if ddof not in (0, 1) or eps < 0:
+        raise ValueError(f"{owner}: ddof={ddof}, eps={eps}; expected ddof 0 or 1 and eps >= 0")
+
+
+def _sums(values: Tensor, index: Tensor, groups: int) -> Tensor:
+    return torch.zeros(groups, dtype=values.dtype, device=values.device).index_add_(0, index, values)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,11 @@ class GroupRelativeAdvantage:
     ddof: int = 1
     eps: float = 1e-4
     clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_settings("GroupRelativeAdvantage", self.std, self.ddof, self.eps)
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"GroupRelativeAdvantage: clip is {self.clip}, expected above 0")
 
     @property
     def knobs(self) -> tuple[Knob, ...]:

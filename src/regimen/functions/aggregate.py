@@ -26,15 +26,17 @@ def aggregate_weights(mask: Tensor, aggregate: Aggregate = "sequence", horizon: 
         horizon: steps per sample for `"constant"`.
 
     Raises:
-        ValueError: unknown aggregate, or a mask that is not two-dimensional.
+        ValueError: unknown aggregate, a mask that is not two-dimensional, or a horizon below 1.
     """
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"aggregate_weights: horizon is {horizon}, expected at least 1")
     if mask.ndim != 2:
         raise ValueError(f"aggregate_weights: mask has shape {list(mask.shape)}, expected [B, T]")
     weights = mask.to(torch.get_default_dtype())
     if aggregate == "token":
         return weights / weights.sum().clamp(min=1)
     if aggregate == "constant":
-        return weights / (mask.shape[0] * (horizon or mask.shape[1]))
+        return weights / (mask.shape[0] * (mask.shape[1] if horizon is None else horizon))
     if aggregate == "sequence":
         lengths = weights.sum(1, keepdim=True)
         return weights / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,13 +14,19 @@ from regimen.regimen import Regimen
 Settings = Any
 """A paper's own frozen dataclass of numbers; a scale is an instance of it."""
 
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class ExperimentError(ValueError):
+    """An experiment cannot be run or reported as it was asked for; the message says why and what to do."""
+
 
 @dataclass(frozen=True)
 class Arm:
     """One way to train, repeated over seeds.
 
     Attributes:
-        name: short, unique within the paper; names folders and keys.
+        name: short, unique within the paper, of letters, digits, `-` and `_`; names folders and keys.
         title: how reports call it.
         build: `(seed, settings) -> Regimen`, the whole of the arm's own training.
         start: another arm whose final cast this one starts from; what that arm spent is charged to this one too.
@@ -37,7 +46,7 @@ class ArmResult:
 
     Attributes:
         evaluations: the records of `metrics.jsonl` of kind "evaluation", in order; each has `stage`, `step`,
-            `iterations` and `metrics`. The first is of the cast it started from.
+            `iterations` and `metrics`. The first, of stage "start", is of the cast it started from.
         samples, rows, gradient_steps, seconds: spent by the arm and the arms that it starts from.
         warnings: health warnings with counts.
     """
@@ -105,7 +114,7 @@ class Paper:
         claims: what the verdict is computed from.
         metrics: evaluated metrics to show, name to label, the most important first.
         scales: settings by name; at least "quick" and "default".
-        requires: extras that scales need, such as {"full": "diffusers"}.
+        requires: extras that scales need, such as {"full": "diffusers"}; an extra is named after the package it brings.
     """
 
     slug: str
@@ -120,12 +129,70 @@ class Paper:
     scales: Mapping[str, Settings]
     requires: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        for name in [*names, *(claim.name for claim in self.claims)]:
+            if not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"{self.slug}: '{name}' names a folder or a key; expected letters, digits, '-' and '_'"
+                )
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.slug}: arms {', '.join(names)}; expected each name once")
+        for position, arm in enumerate(self.arms):
+            if arm.start is not None and arm.start not in names[:position]:
+                raise ValueError(
+                    f"{self.slug}: arm '{arm.name}' starts from '{arm.start}'; expected an arm listed before it: "
+                    f"{', '.join(names[:position]) or 'none'}"
+                )
+        for claim in self.claims:
+            if absent := sorted(set(claim.arms) - set(names)):
+                raise ValueError(
+                    f"{self.slug}: claim '{claim.name}' needs arms that there are not: {', '.join(absent)}"
+                )
+
+    @property
+    def method(self) -> str:
+        """The arm that the paper is about: the first one that its first judged claim needs."""
+        judged = [claim for claim in self.claims if claim.judged and claim.arms]
+        return judged[0].arms[0] if judged else self.arms[-1].name
+
     def arm(self, name: str) -> Arm:
-        """The arm of that name."""
+        """The arm of that name; `ExperimentError` if there is none."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
-        raise KeyError(f"{self.slug} has no arm '{name}'; its arms are {', '.join(a.name for a in self.arms)}")
+        raise ExperimentError(f"{self.slug} has no arm '{name}'{nearest(name, [a.name for a in self.arms])}")
+
+    def settings(self, scale: str) -> Settings:
+        """The settings of a scale; `ExperimentError` if there is none, or it needs an extra that is not installed."""
+        if scale not in self.scales:
+            raise ExperimentError(f"{self.slug} has no scale '{scale}'{nearest(scale, self.scales)}")
+        extra = self.requires.get(scale)
+        if extra is not None and importlib.util.find_spec(extra.replace("-", "_")) is None:
+            raise ExperimentError(
+                f"scale '{scale}' of {self.slug} needs {extra}, which is not installed: "
+                f"pip install 'regimen-rl[{extra}]'"
+            )
+        return self.scales[scale]
+
+    def selected(self, names: Sequence[str] | None, scale: str) -> list[Arm]:
+        """The arms asked for, with those that they start from; all but the extended ones if none are asked for."""
+        if names is None:
+            names = [arm.name for arm in self.arms if scale == "full" or not arm.extended]
+        wanted: set[str] = set()
+        for name in names:
+            arm: Arm | None = self.arm(name)
+            while arm is not None:
+                wanted.add(arm.name)
+                arm = None if arm.start is None else self.arm(arm.start)
+        return [arm for arm in self.arms if arm.name in wanted]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest one, and all there are."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{f'; did you mean {near[0]!r}?' if near else '.'} There are: {', '.join(known) or 'none'}"
 
 
 Verdict = Literal["holds", "unclear", "does not hold"]

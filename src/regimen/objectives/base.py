@@ -103,30 +103,48 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """A scalar loss, or a scalar loss and metrics."""
+        """A scalar loss, or a scalar loss and metrics (scalars to log)."""
 
     def __call__(self, batch: Batch) -> Loss:
         """The loss with its components and metrics named."""
         result = self.loss(batch)
         value, metrics = result if isinstance(result, tuple) else (result, {})
-        return Loss(value, {self.name: value}, metrics)
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            shown = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"objective '{self.name}' returned {shown}, expected one number (a tensor of shape []); weight a loss "
+                "per step with batch.weights(...) and sum it"
+            )
+        return Loss(value, {self.name: value}, {name: torch.as_tensor(metric) for name, metric in metrics.items()})
 
     def leaves(self) -> Iterator[Objective]:
         """The objectives of a sum; itself otherwise."""
         yield self
 
+    @property
+    def term_name(self) -> str:
+        """A name for weights and errors."""
+        return "+".join(leaf.name for leaf in self.leaves())
+
     def __add__(self, other: Objective) -> SumObjective:
+        if not isinstance(other, Objective):
+            return NotImplemented
         return SumObjective([*_terms(self), *_terms(other)])
 
     def __sub__(self, other: Objective) -> SumObjective:
-        return self + other * -1.0
+        if not isinstance(other, Objective):
+            return NotImplemented
+        return self + -other
 
-    def __mul__(self, other: float | Knob) -> Objective:
-        if isinstance(other, Knob):
-            return SumObjective([(Weight.of(other, self.name), self)])
-        if isinstance(self, SumObjective):
+    def __neg__(self) -> SumObjective:
+        return SumObjective([(weight.times(-1), term) for weight, term in _terms(self)])
+
+    def __mul__(self, other: float | Knob) -> SumObjective:
+        if not isinstance(other, float | int | Knob):
+            return NotImplemented
+        if isinstance(self, SumObjective) and not isinstance(other, Knob):
             return SumObjective([(weight.times(other), term) for weight, term in self.terms])
-        return SumObjective([(Weight.of(abs(other), self.name).times(-1.0 if other < 0 else 1.0), self)])
+        return SumObjective([(Weight.of(other, self.term_name), self)])
 
     __rmul__ = __mul__
 
@@ -137,7 +155,7 @@ class SumObjective(Objective):
     name = "total"
 
     def __init__(self, terms: list[tuple[Weight, Objective]]) -> None:
-        names = [term.name for _, term in terms]
+        names = [leaf.name for _, term in terms for leaf in term.leaves()]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two terms of one objective are called {', '.join(twice)}; give one another name")
@@ -162,7 +180,7 @@ class SumObjective(Objective):
         factors = [(weight.value(batch.knobs), term) for weight, term in self.terms]
         losses = [(factor, term(batch)) for factor, term in factors if factor != 0]
         if not losses:
-            raise ValueError(f"every term of the objective has weight 0 ({', '.join(t.name for _, t in self.terms)})")
+            raise ValueError(f"every term of the objective has weight 0 ({self.term_name}); learn from at least one")
         total = torch.stack([factor * loss.total for factor, loss in losses]).sum()
         components = {name: value for _, loss in losses for name, value in loss.components.items()}
         metrics = {name: value for _, loss in losses for name, value in loss.metrics.items()}
@@ -172,4 +190,4 @@ class SumObjective(Objective):
 def _terms(objective: Objective) -> list[tuple[Weight, Objective]]:
     if isinstance(objective, SumObjective):
         return list(objective.terms)
-    return [(Weight.of(1.0, objective.name), objective)]
+    return [(Weight.of(1.0, objective.term_name), objective)]

@@ -34,11 +34,15 @@ def clipped_surrogate(
             f"clipped_surrogate: shapes {list(logprob.shape)}, {list(behaviour_logprob.shape)} and "
             f"{list(advantage.shape)} differ"
         )
-    if clip <= 0 or (clip_high is not None and clip_high <= 0):
-        raise ValueError(f"clipped_surrogate: clip={clip}, clip_high={clip_high}; expected > 0")
+    _check_range("clipped_surrogate", clip, clip_high)
     ratio = (logprob - behaviour_logprob).exp()
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+
+
+def _check_range(owner: str, clip: float, clip_high: float | None) -> None:
+    if clip <= 0 or (clip_high is not None and clip_high <= 0):
+        raise ValueError(f"{owner}: clip={clip}, clip_high={clip_high}; expected > 0")
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,15 @@ class ClippedSurrogateObjective(Objective):
     member: str = "policy"
     name: str = "surrogate"
 
+    def __post_init__(self) -> None:
+        _check_range("ClippedSurrogateObjective", self.clip, self.clip_high)
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the weighted loss per step; metrics `ratio`, `clip_share`, `approx_kl`."""
+        """Sum of the weighted loss per step.
+
+        Metrics: `ratio_deviation`, the largest `|rho - 1|`; `clip_share`, of steps with a ratio outside the clip
+        range; `approx_kl`, the k3 estimate of the KL from the behaviour policy.
+        """
         advantage = batch.require("advantages", "ClippedSurrogateObjective", "give the stage a credit")
         behaviour = batch.require(
             "logprobs",
@@ -70,14 +81,16 @@ class ClippedSurrogateObjective(Objective):
         mask = batch.rollout.loss_mask
         logprob = batch.distribution(self.member).logprob
         per_step, ratio = clipped_surrogate(
-            logprob, torch.where(mask, behaviour, 0), advantage, self.clip, self.clip_high
+            logprob, torch.where(mask, behaviour, 0), torch.where(mask, advantage, 0), self.clip, self.clip_high
         )
-        with torch.no_grad():
-            deviation = (ratio - 1).abs()
-            metrics = {
-                "ratio_deviation": torch.where(mask, deviation, 0).amax(),
-                "clip_share": masked_mean((deviation > self.clip).float(), mask),
-                "approx_kl": masked_mean(ratio - 1 - ratio.log(), mask),
-            }
         weights = batch.weights(self.aggregate, self.horizon)
-        return torch.where(mask, per_step * weights, 0).sum(), metrics
+        return torch.where(mask, per_step * weights, 0).sum(), self._metrics(ratio.detach(), mask)
+
+    def _metrics(self, ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        high = self.clip if self.clip_high is None else self.clip_high
+        outside = (ratio < 1 - self.clip) | (ratio > 1 + high)
+        return {
+            "ratio_deviation": torch.where(mask, (ratio - 1).abs(), 0).amax(),
+            "clip_share": masked_mean(outside.float(), mask),
+            "approx_kl": masked_mean(ratio - 1 - ratio.log(), mask),
+        }

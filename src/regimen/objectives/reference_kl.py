@@ -32,6 +32,11 @@ class ReferenceKL(Objective):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the weighted divergence per step."""
+        if self.reference not in batch.cast:
+            raise ValueError(
+                f"ReferenceKL needs the member '{self.reference}', which the cast lacks (it has: "
+                f"{', '.join(batch.cast)}); give the stage rules=[ReferenceRefresh(member='{self.reference}')]"
+            )
         policy, reference = batch.distribution(self.member), batch.distribution(self.reference)
         if self.estimator in get_args(KLEstimator):
             per_step = kl_estimate(policy.logprob, reference.logprob.detach(), self.estimator)  # type: ignore[arg-type]

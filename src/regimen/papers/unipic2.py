@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from regimen.cast import Cast, ReferenceRefresh
+from regimen.cast import Cast, ReferenceRefresh, RefreshMode
 from regimen.controllers import Alternating, Schedule
 from regimen.credit import GroupRelativeAdvantage
 from regimen.knobs import Knob
@@ -19,7 +19,8 @@ from regimen.lab.experiment import Arm, Claim, Paper, SeedResults
 from regimen.objectives import ClippedSurrogateObjective, FlowMatchingObjective, ReferenceKL
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import ClassifierReward, EditReward, Expression
-from regimen.tasks.worlds.digits import DigitsWorld, edit_target
+from regimen.rewards.geneval import GenEvalReward
+from regimen.tasks.worlds import digits, scenes
 from regimen.update import Epochs, Update
 
 
@@ -32,7 +33,13 @@ class Settings:
         pretrain_steps: supervised steps of the common start, on captions of which `wrong_captions` are wrong.
         stage_steps: reinforcement iterations per stage; every arm takes two stages' worth.
         batch_size: samples per iteration, in groups of `group_size`.
-        kl_weight: of the KL from the policy at the stage's start.
+        kl_weight: of the KL from the policy at the stage's start (`reference` "copy"), or from the policy without
+            its adapters ("fixed").
+        device: where the cast is trained.
+        micro_batch: samples per backward pass, to save memory.
+        size: of the scenes' policy.
+        model, prompts, edits, pairs: of `StableDiffusionWorld`: a pipeline, and JSON-lines files.
+        judge, evaluator, edit_judge: object detectors and a vision-language model, for `StableDiffusionWorld`.
     """
 
     world: str = "digits"
@@ -46,17 +53,50 @@ class Settings:
     clip: float = 1e-3
     kl_weight: float = 0.0
     evaluate_every: int = 20
+    reference: RefreshMode = "copy"
+    device: str = "cpu"
+    micro_batch: int | None = None
+    size: scenes.Size = "large"
+    model: str = "Skywork/UniPic2-SD3.5M-Kontext-2B"
+    prompts: str = "prompts.jsonl"
+    edits: str = "edits.jsonl"
+    pairs: str | None = None
+    judge: str = "facebook/detr-resnet-101"
+    evaluator: str = "hustvl/yolos-base"
+    edit_judge: str = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
-def digits_reward(world: DigitsWorld) -> Expression:
-    """The probability of the class asked for, and the closeness to the edit asked for."""
-    return EditReward(edit_target).on("edit") + ClassifierReward(world.judge).on("generate")
+def digits_world(seed: int, s: Settings) -> tuple[Any, Expression]:
+    """Handwritten digits; the probability of the class asked for, and the closeness to the edit asked for."""
+    world = digits.DigitsWorld(seed)
+    return world, EditReward(digits.edit_target).on("edit") + ClassifierReward(world.judge).on("generate")
 
 
-WORLDS: dict[str, tuple[Callable[[int], Any], Callable[[Any], Expression]]] = {
-    "digits": (DigitsWorld, digits_reward),
+def scenes_world(seed: int, s: Settings) -> tuple[Any, Expression]:
+    """Coloured shapes; the demands of the caption that a detector sees met, and the closeness to the edit."""
+    world = scenes.ScenesWorld(seed, s.size)
+    follows_edit = EditReward(scenes.edit_target, scale=scenes.CLOSENESS)
+    return world, follows_edit.on("edit") + GenEvalReward(world.judge.detect, counting="share").on("generate")
+
+
+def stable_diffusion_world(seed: int, s: Settings) -> tuple[Any, Expression]:
+    """Stable Diffusion 3 on GenEval's prompts and edits of photographs, judged by a detector and a language model."""
+    from regimen.models.detectors import DetectorFromTransformers
+    from regimen.rewards.vlm import VLMEditReward
+    from regimen.tasks.worlds.stable_diffusion import StableDiffusionWorld
+
+    judge, evaluator = (DetectorFromTransformers.from_pretrained(name) for name in (s.judge, s.evaluator))
+    world = StableDiffusionWorld(s.model, s.prompts, s.edits, pairs=s.pairs, evaluator=evaluator, judge=judge)
+    edit_judge = VLMEditReward.from_pretrained(s.edit_judge, world.sources, world.instructions)
+    return world, edit_judge.on("edit") + GenEvalReward(judge, counting="share").on("generate")
+
+
+WORLDS: dict[str, Callable[[int, Settings], tuple[Any, Expression]]] = {
+    "digits": digits_world,
+    "scenes": scenes_world,
+    "stable_diffusion": stable_diffusion_world,
 }
-"""By name: `seed -> world` (its policy, tasks and judge), and `world -> reward`."""
+"""By name: `(seed, settings) -> world` (its policy and tasks) and what rewards it."""
 
 
 class Parts:
@@ -64,13 +104,11 @@ class Parts:
 
     def __init__(self, seed: int, settings: Settings) -> None:
         self.settings = settings
-        build_world, build_reward = WORLDS[settings.world]
-        self.world = build_world(seed)
-        self.cast = Cast(policy=self.world.policy(seed))
+        # One reward for every stage: each component applies to its own task.
+        self.world, self.reward = WORLDS[settings.world](seed, settings)
+        self.cast = Cast(policy=self.world.policy(seed).to(settings.device))
         self.edit = self.world.editing(settings.group_size)
         self.generate = self.world.generation(settings.group_size)
-        # One reward for every stage: each component applies to its own task.
-        self.reward = build_reward(self.world)
 
     def regimen(self, *stages: Stage) -> Regimen:
         """A regimen evaluated on both tasks."""
@@ -79,9 +117,9 @@ class Parts:
     def supervised(self, name: str, steps: int, learning_rate: float, wrong: float) -> Stage:
         """Flow matching on pairs of which a share has a wrong caption."""
         s = self.settings
-        update = Update(FlowMatchingObjective(), learning_rate=learning_rate)
+        update = Update(FlowMatchingObjective(), learning_rate=learning_rate, micro_batch=s.micro_batch)
         task = self.world.supervised("pairs", wrong)
-        return Stage(name, [task], steps, s.batch_size, updates=[update], evaluate_every=max(s.evaluate_every * 2, 1))
+        return Stage(name, [task], steps, s.batch_size, updates=[update], evaluate_every=max(steps // 5, 1))
 
     def reinforce(self, name: str, *tasks: str, stages: int = 1) -> Stage:
         """Group-relative reinforcement on some tasks, which take turns if there are two."""
@@ -101,9 +139,10 @@ class Parts:
                     learning_rate=s.learning_rate,
                     options={"weight_decay": 1e-4},
                     batches=Epochs(1, 2),
+                    micro_batch=s.micro_batch,
                 )
             ],
-            rules=[ReferenceRefresh(mode="copy")],
+            rules=[ReferenceRefresh(mode=s.reference)],
             controllers=turns if len(tasks) > 1 else (),
             evaluate_every=s.evaluate_every,
         )
@@ -239,5 +278,26 @@ PAPER = Paper(
     scales={
         "quick": Settings(pretrain_steps=200, stage_steps=5, evaluate_every=5),
         "default": Settings(),
+        "scenes": Settings(
+            world="scenes",
+            device="cuda",
+            pretrain_steps=2000,
+            stage_steps=100,
+            batch_size=384,
+            group_size=24,
+        ),
+        "full": Settings(
+            world="stable_diffusion",
+            device="cuda",
+            pretrain_steps=0,
+            stage_steps=500,
+            batch_size=192,
+            group_size=24,
+            clip=1e-4,
+            kl_weight=0.04,
+            reference="fixed",
+            micro_batch=1,
+        ),
     },
+    requires={"full": "diffusers"},
 )

@@ -15,6 +15,7 @@ from regimen.rewards.base import (
     reward_from,
 )
 from regimen.rewards.images import ClassifierReward, EditReward
+from regimen.rewards.isolated import IsolatedReward
 from regimen.rewards.judge import JudgeReport, judge
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Expression",
     "FirstApplicable",
     "FunctionReward",
+    "IsolatedReward",
     "JudgeReport",
     "Judgement",
     "Reward",

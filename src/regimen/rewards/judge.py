@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,29 +26,30 @@ class JudgeReport:
     errors: tuple[str, ...]
 
 
+@torch.no_grad()
 def judge(reward: Expression, rollout: Rollout, scene: Scene) -> tuple[Rollout, JudgeReport]:
     """The rollout with raw components, their status and the total; unscored samples leave the loss.
 
     `rewards` holds NaN where a component did not score; `reward` is the total that credit consumes, 0 where
-    there is none, and such samples have `loss_mask` False, so that they leave their group.
+    there is none, and such samples have `loss_mask` False, so that they leave their group. No gradient is kept:
+    an objective that trains through a judge asks it itself.
     """
-    answer = reward.judge(rollout, scene)
+    answer = reward.judge(rollout, replace(scene, _answers={}))
     rewards = {name: _raw(score) for name, score in answer.components.items()}
     status = {name: score.status for name, score in answer.components.items()}
     errors = tuple(dict.fromkeys(error for score in answer.components.values() for error in score.errors))
     judged = rollout.replace(rewards=rewards, status=status)
     failed = 0
     if answer.total is not None:
+        value = torch.where(answer.total.scored, answer.total.value, 0)
         scored = answer.total.status == SCORED
-        value = torch.where(scored if answer.total.value.ndim == 1 else scored[:, None], answer.total.value, 0)
         judged = judged.replace(reward=value, loss_mask=rollout.loss_mask & scored[:, None])
         failed = int((answer.total.status == FAILED).sum())
     return judged, JudgeReport(_counts(judged), failed, errors[:5])
 
 
 def _raw(score: Score) -> Tensor:
-    scored = score.status == SCORED
-    return torch.where(scored if score.value.ndim == 1 else scored[:, None], score.value, torch.nan)
+    return torch.where(score.scored, score.value, torch.nan)
 
 
 def _counts(rollout: Rollout) -> dict[tuple[str, str], tuple[int, int, int]]:

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from regimen.knobs import Knob
-from regimen.rollout import Rollout
+from regimen.rollout import STEP_FIELDS, Rollout
 from regimen.tasks.base import Evaluation
 from regimen.tasks.rows import Order, RowReader
 
@@ -19,7 +19,9 @@ Transform = Callable[[TensorDict, torch.Generator], TensorDict]
 class DatasetTask:
     """Draws rows of a data set: supervised and offline learning are stages with such a task and no judge.
 
-    A row's `context` table becomes the rollout's context, everything else its columns.
+    A row's `context` table becomes the rollout's context; entries named like the fields of a rollout's steps
+    (`actions`, `observations`, `mask`, `loss_mask`, ... each `[N, T, ...]`) become those fields; everything else
+    its columns. Rows without steps have one.
     """
 
     generates = False
@@ -32,22 +34,14 @@ class DatasetTask:
 
         Args:
             name: unique within a regimen.
-            rows: table `[N]` with a nested table `context` and any number of columns.
+            rows: table `[N]` with a nested table `context`, fields of steps, and any number of columns.
             transform: applied to the drawn rows at every draw (augmentation, relabelling).
             order: how rows are drawn, see `RowReader`.
 
         Raises:
             ValueError: there are no rows, or a floating-point column holds NaN or infinity.
         """
-        for key, value in rows.items(include_nested=True, leaves_only=True):
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-                bad = (~value.isfinite()).flatten(1).any(1).nonzero().flatten() if value.ndim > 1 else None
-                where = f"rows {bad[:5].tolist()}" if bad is not None else "the column"
-                label = "/".join(key) if isinstance(key, tuple) else key
-                raise ValueError(
-                    f"task '{name}': column '{label}' holds values that are not finite ({where}); "
-                    "drop or repair those rows before training"
-                )
+        _check_finite(name, rows)
         self.name, self.rows, self.transform = name, rows, transform
         self._reader = RowReader(len(rows), order, name)
 
@@ -57,19 +51,20 @@ class DatasetTask:
         return ()
 
     def collect(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator, size: int) -> Rollout:
-        """`size` rows as a rollout of one step each."""
+        """`size` rows as a rollout."""
         rows = self.rows[self._reader.draw(size, rng)].to(rng.device)
         if self.transform is not None:
             rows = self.transform(rows, rng)
-        columns = rows.copy()
-        context = columns.pop("context", None)
+        fields = {field: rows[field] for field in STEP_FIELDS if field in rows.keys()}  # noqa: SIM118
+        steps = next((value.shape[1] for value in fields.values() if value.ndim > 1), 1)
+        fields.setdefault("mask", torch.ones(size, steps, dtype=torch.bool, device=rng.device))
         return Rollout.create(
             task=self.name,
             group=torch.arange(size, device=rng.device),
-            mask=torch.ones(size, 1, dtype=torch.bool, device=rng.device),
-            context=context,
-            columns=columns,
+            context=rows.get("context", None),
+            columns=rows.exclude("context", *fields),
             knobs=knobs,
+            **fields,
         )
 
     def evaluate(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator) -> Evaluation:
@@ -83,3 +78,15 @@ class DatasetTask:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
         self._reader.load_state_dict(state)
+
+
+def _check_finite(name: str, rows: TensorDict) -> None:
+    for key, value in rows.items(include_nested=True, leaves_only=True):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or bool(value.isfinite().all()):
+            continue
+        bad = (~value.isfinite()).view(len(value), -1).any(1).nonzero().flatten().tolist()
+        label = "/".join(key) if isinstance(key, tuple) else key
+        raise ValueError(
+            f"task '{name}': column '{label}' holds values that are not finite in {len(bad)} rows ({bad[:5]}"
+            f"{' ...' if len(bad) > 5 else ''}); drop or repair those rows before training"
+        )

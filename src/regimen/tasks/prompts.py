@@ -60,9 +60,18 @@ class PromptTask:
         return ()
 
     def collect(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator, size: int) -> Rollout:
-        """`size // group_size` prompts, each answered `group_size` times."""
+        """`size // group_size` prompts, each answered `group_size` times.
+
+        Raises:
+            ValueError: `size` is not a multiple of `group_size`.
+        """
+        if size < 1 or size % self.group_size:
+            raise ValueError(
+                f"task '{self.name}' was asked for {size} samples, expected a multiple of its group_size "
+                f"{self.group_size}"
+            )
         started = time.time()
-        drawn = self._reader.draw(max(1, size // self.group_size), rng).repeat_interleave(self.group_size)
+        drawn = self._reader.draw(size // self.group_size, rng).repeat_interleave(self.group_size)
         policy = cast[self.member]
         rollout: Rollout = policy.sample(self.rows[drawn].to(rng.device), knobs, rng)
         group = torch.arange(len(drawn), device=rng.device) // self.group_size

@@ -1,0 +1,102 @@
+"""Generalised advantage estimation: how much better a step turned out than a critic expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from regimen.credit.group_relative import group_relative
+from regimen.functions.returns import gae, on_last_step
+from regimen.knobs import Knob
+from regimen.rollout import Rollout
+
+Normalize = Literal["batch", "task"]
+
+
+@dataclass(frozen=True)
+class GAE:
+    """Advantages and value targets from a critic; see `regimen.functions.gae`.
+
+    Reads the rollout's reward (`[B]` counts at the last existing step), its `discount`, and optional columns
+    `bootstrap` and `cut` where samples were cut short. Steps that exist but are not learned from are passed through.
+    Monte-Carlo returns are `GAE(lam=1)`.
+
+    Attributes:
+        lam: how far to trust rewards (1) over the critic (0).
+        normalize: advantages are standardised over all steps that are learned from, of the `"batch"` or of each
+            `"task"`; `None` leaves them. Value targets are never changed.
+        values: side column `[B, T]` of values recorded when sampled; where there is none, the critic is asked.
+        critic: member of the cast, `critic(rollout) -> [B, T]`.
+        reads: a policy of the cast; the critic is then given the hidden states `[B, T, D]` of its step distribution
+            instead of the rollout (a `ValueHead`).
+    """
+
+    lam: float = 0.95
+    normalize: Normalize | None = "batch"
+    values: str = "values"
+    critic: str = "critic"
+    reads: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"GAE: lam is {self.lam}, expected in [0, 1]")
+        if self.normalize not in (None, *get_args(Normalize)):
+            raise ValueError(f"GAE: normalize '{self.normalize}' is not one of {', '.join(get_args(Normalize))}, None")
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """It reads none: a scheduled discount is in the rollout."""
+        return ()
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout, knobs: Mapping[str, float], cast: Mapping[str, Any]) -> Rollout:
+        """The rollout with `advantages` and the columns `values` and `value_target`, each `[B, T]`.
+
+        Raises:
+            ValueError: there is no reward, or neither recorded values nor a critic.
+        """
+        if rollout.reward is None:
+            raise ValueError("GAE: the rollout has no reward; give the stage a reward that trains")
+        reward = on_last_step(rollout.reward, rollout.mask) if rollout.reward.ndim == 1 else rollout.reward
+        values = self._values(rollout, cast)
+        advantages, target = gae(
+            reward, values, rollout.discount, self.lam, rollout.mask, _column(rollout, "bootstrap"),
+            cut=_column(rollout, "cut"), decided=rollout.loss_mask,
+        )  # fmt: skip
+        if self.normalize is not None:
+            advantages = self._normalized(advantages, rollout)
+        return rollout.replace(advantages=advantages).with_columns(**{self.values: values, "value_target": target})
+
+    def _values(self, rollout: Rollout, cast: Mapping[str, Any]) -> Tensor:
+        recorded = _column(rollout, self.values)
+        if recorded is not None:
+            return recorded
+        if self.critic not in cast:
+            raise ValueError(
+                f"GAE needs values: the rollout of task {'/'.join(rollout.task_names)} has no column '{self.values}' "
+                f"and the cast no member '{self.critic}' (it has: {', '.join(cast)}); add a critic to the cast, or use "
+                "GroupRelativeAdvantage, which needs none"
+            )
+        source = rollout if self.reads is None else cast[self.reads].distribution(rollout, rollout.mask).hidden
+        values: Tensor = cast[self.critic](source)
+        return values
+
+    def _normalized(self, advantages: Tensor, rollout: Rollout) -> Tensor:
+        """Standardising over steps is being better than the other steps of the same batch or task."""
+        task = rollout.task if self.normalize == "task" else torch.zeros_like(rollout.task)
+        standard = group_relative(
+            advantages.flatten(),
+            task[:, None].expand_as(advantages).flatten(),
+            eps=1e-8,
+            include=rollout.loss_mask.flatten(),
+        )
+        return standard.view_as(advantages)
+
+
+def _column(rollout: Rollout, name: str) -> Tensor | None:
+    value: Tensor | None = rollout.columns.get(name, None)
+    return value

@@ -1,0 +1,202 @@
+"""What stands around Stable Diffusion 3's transformer: text encoders, autoencoder and scheduler, all frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .conditioning import Context, replaced, required
+from .sd3 import decode_latents, encode_images
+
+Module = TypeVar("Module", bound=nn.Module)
+KEPT = 512
+
+
+class FrozenPipeline:
+    """A pipeline's frozen parts, applied to texts and images that are named by their place in a list.
+
+    What was computed for the last few hundred texts and images is kept. The parts move to the device that they are
+    used on; copies of a policy share them, and no checkpoint holds them.
+
+    Args:
+        pipeline: a `diffusers.StableDiffusion3Pipeline` (its transformer is not used). Of an encoder that is
+            absent, the embeddings are zeros, as in the pipeline itself.
+        texts, paths: what the numbers mean; image files are cropped to a square and resized.
+        resolution: side of the images.
+        pooled_size: size of the transformer's pooled prompt.
+        prompt_size: size of its prompt tokens.
+        t5_length: tokens of the third encoder.
+        decode_batch: images decoded at once.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        texts: Sequence[str],
+        paths: Sequence[Path],
+        resolution: int,
+        pooled_size: int,
+        prompt_size: int,
+        t5_length: int = 256,
+        decode_batch: int = 4,
+    ) -> None:
+        p = pipeline
+        self.clips = [(p.tokenizer, p.text_encoder), (p.tokenizer_2, p.text_encoder_2)]
+        self.t5, self.vae, self.shift = (p.tokenizer_3, p.text_encoder_3), p.vae, float(p.scheduler.config.shift)
+        for module in (p.text_encoder, p.text_encoder_2, p.text_encoder_3, p.vae):
+            if module is not None:
+                module.requires_grad_(False).eval()
+        factor = 2 ** (len(p.vae.config.block_out_channels) - 1)
+        if resolution % factor:
+            raise ValueError(f"resolution {resolution} is not a multiple of {factor}, the autoencoder's factor")
+        self.latent_size = (resolution // factor, resolution // factor)
+        self.texts, self.paths, self.resolution = texts, paths, resolution
+        self.pooled_size, self.prompt_size, self.t5_length = pooled_size, prompt_size, t5_length
+        self.decode_batch = decode_batch
+        self._text = lru_cache(KEPT)(self.encode_text)
+        self._image, self._latent = lru_cache(KEPT)(self._load), lru_cache(KEPT)(self._encode_image)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, texts: Sequence[str], paths: Sequence[Path], resolution: int, dtype: torch.dtype
+    ) -> Self:
+        """The frozen parts of a pipeline's folder or hub name.
+
+        Raises:
+            ImportError: diffusers is not installed.
+        """
+        try:
+            from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+        except ImportError as error:
+            raise ImportError("StableDiffusionWorld needs diffusers: pip install 'regimen-rl[diffusers]'") from error
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path, transformer=None, torch_dtype=dtype)
+        config = SD3Transformer2DModel.load_config(path, subfolder="transformer")
+        sizes = config["pooled_projection_dim"], config["joint_attention_dim"]
+        return cls(pipeline, texts, paths, resolution, *sizes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def prompts(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """`prompt_embeds [B, L, D]` and `pooled [B, P]` of texts by number; -1 is the empty text."""
+        encoded = [self._text(self.texts[row] if row >= 0 else "", str(device)) for row in rows]
+        prompts, pooled = zip(*encoded, strict=True)
+        return torch.stack(prompts), torch.stack(pooled)
+
+    def images(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Images `[B, 3, H, W]` in [0, 1] by number; -1 is black."""
+        return torch.stack([self._image(row) for row in rows]).to(device)
+
+    def latents(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Latents `[B, C, h, w]` of images by number."""
+        return torch.stack([self._latent(row, str(device)) for row in rows])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [0, 1] of latents `[B, C, h, w]`, a few at a time."""
+        vae = self.vae.to(latents.device)
+        return torch.cat([decode_latents(vae, part) for part in latents.split(self.decode_batch)])
+
+    @torch.no_grad()
+    def encode_text(self, text: str, device: str) -> tuple[Tensor, Tensor]:
+        """Prompt tokens `[L, D]` and pooled prompt `[P]`, as `StableDiffusion3Pipeline.encode_prompt` makes them."""
+        widths = [None if model is None else model.config.projection_dim for _, model in self.clips]
+        missing = self.pooled_size - sum(width or 0 for width in widths)
+        hidden, pooled = [], []
+        for tokenizer, model in self.clips:
+            if model is None:
+                hidden.append(torch.zeros(1, 77, missing, device=device))
+                pooled.append(torch.zeros(1, missing, device=device))
+                missing = 0
+                continue
+            ids = _ids(tokenizer, text, tokenizer.model_max_length, device)
+            output = model.to(device)(ids, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled.append(output.text_embeds)
+        clip = torch.cat(hidden, -1)
+        clip = F.pad(clip, (0, self.prompt_size - clip.shape[-1]))
+        return torch.cat([clip, self._t5(text, device).to(clip)], 1)[0], torch.cat(pooled, -1)[0]
+
+    def _t5(self, text: str, device: str) -> Tensor:
+        tokenizer, model = self.t5
+        if model is None:
+            return torch.zeros(1, self.t5_length, self.prompt_size, device=device)
+        found: Tensor = model.to(device)(_ids(tokenizer, text, self.t5_length, device))[0]
+        return found
+
+    def _load(self, row: int) -> Tensor:
+        if row < 0:
+            return torch.zeros(3, self.resolution, self.resolution)
+        import numpy as np
+        from PIL import Image, ImageOps
+
+        size = (self.resolution, self.resolution)
+        with Image.open(self.paths[row]) as file:
+            picture = np.asarray(ImageOps.fit(file.convert("RGB"), size))
+        return torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 255
+
+    @torch.no_grad()
+    def _encode_image(self, row: int, device: str) -> Tensor:
+        if row < 0:
+            return torch.zeros(self.vae.config.latent_channels, *self.latent_size, device=device)
+        return encode_images(self.vae.to(device), self._image(row).to(device)[None])[0]
+
+
+class SD3Conditioner(nn.Module):
+    """Adds what `SD3Denoiser` reads to contexts of numbers: `prompt` int64 `[B]` and `source` int64 `[B]` (-1: none).
+
+    Added are `prompt_embeds`, `pooled` and those of the empty prompt, `reference` (latents of the source) and
+    `has_reference`. It has no weights of its own.
+    """
+
+    def __init__(self, frozen: FrozenPipeline) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+    def forward(self, context: Context) -> Context:
+        """The context with the entries above added."""
+        prompt, source = (required(context, key, "SD3Conditioner") for key in ("prompt", "source"))
+        device = prompt.device
+        prompt_embeds, pooled = self.frozen.prompts(prompt.tolist(), device)
+        null_embeds, null_pooled = self.frozen.prompts([-1], device)
+        return replaced(
+            context,
+            prompt_embeds=prompt_embeds,
+            pooled=pooled,
+            null_prompt_embeds=null_embeds.expand_as(prompt_embeds),
+            null_pooled=null_pooled.expand_as(pooled),
+            reference=self.frozen.latents(source.tolist(), device),
+            has_reference=source >= 0,
+        )
+
+
+def save_only_trained(module: Module) -> Module:
+    """Leave weights that are frozen now out of the module's saved state, which then holds adapters alone.
+
+    Loading such a state leaves the frozen weights as they are. Returns the module.
+    """
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+    def drop(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+        for name in frozen:
+            state.pop(prefix + name, None)
+
+    def excuse(_: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]
+
+    module.register_state_dict_post_hook(drop)
+    module.register_load_state_dict_post_hook(excuse)
+    return module
+
+
+def _ids(tokenizer: Any, text: str, length: int, device: str) -> Tensor:
+    ids: Tensor = tokenizer(
+        [text], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids.to(device)

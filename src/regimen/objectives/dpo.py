@@ -1,0 +1,176 @@
+"""Direct preference optimisation: raise the chosen answer over the rejected one, without a reward model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from regimen.objectives.base import Batch, Objective
+from regimen.rollout import Rollout
+
+Variant = Literal["sigmoid", "hinge", "ipo", "robust"]
+
+
+def dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    beta: float,
+    variant: Variant = "sigmoid",
+    *,
+    smoothing: Tensor | float = 0.0,
+    margin: Tensor | float = 0.0,
+) -> Tensor:
+    """Loss per pair from how much likelier each answer is than under the reference.
+
+    With `z = beta (chosen - rejected) - margin` and `s` the chance that a label is wrong:
+
+    - `"sigmoid"`: `-(1 - s) log sigma(z) - s log sigma(-z)` (Rafailov et al. 2023, eq. 7; smoothing, Mitchell 2023);
+    - `"robust"`: `(-(1 - s) log sigma(z) + s log sigma(-z)) / (1 - 2 s)`, whose mean over labels flipped with chance
+      `s` is the loss of the true ones (Chowdhury et al. 2024);
+    - `"hinge"`: `max(0, 1 - z)` (Zhao et al. 2023);
+    - `"ipo"`: `((z - 1/2) / beta)^2`, which is `(chosen - rejected - 1 / (2 beta))^2` without margin (Azar et al.
+      2024, eq. 17).
+
+    Args:
+        chosen, rejected: `[P]`, `log pi - log pi_reference` of an answer, summed or averaged over its steps.
+        beta: strength of the tie to the reference.
+        variant: one of the above.
+        smoothing: number or `[P]`, in [0, 0.5]; below 0.5 for `"robust"`. A label that is more likely wrong than
+            right should be flipped instead.
+        margin: number or `[P]`, by how much the rewards should differ (Amini et al. 2024).
+
+    Returns:
+        `[P]`. Equal log-ratios give log 2 (sigmoid).
+
+    Raises:
+        ValueError: unequal shapes, `beta` not positive, an unknown variant, or a smoothing that it does not have.
+    """
+    if chosen.shape != rejected.shape:
+        raise ValueError(f"dpo_loss: chosen {list(chosen.shape)} and rejected {list(rejected.shape)} differ")
+    _check_settings("dpo_loss", beta, variant, smoothing)
+    z = beta * (chosen - rejected) - margin
+    if variant == "hinge":
+        return (1 - z).clamp(min=0)
+    if variant == "ipo":
+        return ((z - 0.5) / beta).square()
+    right, wrong = -(1 - smoothing) * logsigmoid(z), -smoothing * logsigmoid(-z)
+    return right + wrong if variant == "sigmoid" else (right - wrong) / (1 - 2 * smoothing)
+
+
+def _check_settings(owner: str, beta: float, variant: str, smoothing: Tensor | float) -> None:
+    if beta <= 0:
+        raise ValueError(f"{owner}: beta is {beta}, expected above 0")
+    if variant not in get_args(Variant):
+        raise ValueError(f"{owner}: variant '{variant}' is not one of {', '.join(get_args(Variant))}")
+    share = torch.as_tensor(smoothing)
+    if bool(((share < 0) | (share > 0.5)).any()):
+        raise ValueError(f"{owner}: smoothing is {smoothing}, expected in [0, 0.5]; flip a pair that is likely wrong")
+    if variant == "robust" and bool((share == 0.5).any()):
+        raise ValueError(f"{owner}: 'robust' needs a smoothing below 0.5: at 0.5 a label says nothing")
+    if variant in ("hinge", "ipo") and bool((share != 0).any()):
+        raise ValueError(f"{owner}: '{variant}' has no smoothing; use 'sigmoid' or 'robust'")
+
+
+def rejected_rollout(rollout: Rollout) -> Rollout:
+    """The rejected samples of `P` pairs, which lie in the column `rejected`, as a rollout of `P` rows.
+
+    Knobs that the table lacks are those of the chosen samples.
+
+    Raises:
+        ValueError: the rollout is not one of pairs, or the table has no `mask`.
+    """
+    if "rejected" not in rollout.columns.keys():  # noqa: SIM118
+        raise ValueError(
+            f"the rollout of task {'/'.join(rollout.task_names)} has no column 'rejected', so its rows are no pairs; "
+            "give the stage BestWorstPairSelector, or a data set of pairs"
+        )
+    table = rollout["rejected"]
+    fields = {name: value for name, value in table.items() if name not in ("task", "group", "knobs")}
+    if "mask" not in fields:
+        raise ValueError(f"the table 'rejected' of a pair has no 'mask [P, T]'; it has: {', '.join(sorted(fields))}")
+    rejected = Rollout.create(task=rollout.task_names[0], group=rollout.group, **fields)
+    in_force = table.get("knobs", rollout.knobs)
+    return Rollout(rejected.data, rollout.task_names).replace(task=rollout.task, knobs=in_force)
+
+
+@dataclass(frozen=True)
+class DPOObjective(Objective):
+    """Preference optimisation on pairs, for any policy with log-probabilities; see `dpo_loss`.
+
+    A row of the batch is a pair: the chosen sample, with the rejected one in its column `rejected`. Side columns
+    `margin`, `smoothing` and `weight`, each `[P]`, are used where they exist; the loss is the mean of weight times
+    loss over the pairs.
+
+    Attributes:
+        beta, variant: see `dpo_loss`.
+        label_smoothing: for pairs without a column `smoothing`.
+        length_normalize: average log-ratios over steps instead of summing them. `"ipo"` is usually run so.
+        reference: a frozen member of the cast; `None` for a reference that finds all answers equally likely.
+        recorded: a side column `[P, T]` of chosen and of rejected samples with the reference's log-probabilities,
+            read in place of the member.
+        member: the policy that is trained.
+    """
+
+    beta: float = 0.1
+    variant: Variant = "sigmoid"
+    label_smoothing: float = 0.0
+    length_normalize: bool = False
+    reference: str | None = "reference"
+    recorded: str | None = None
+    member: str = "policy"
+    name: str = "dpo"
+
+    def __post_init__(self) -> None:
+        _check_settings("DPOObjective", self.beta, self.variant, self.label_smoothing)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean of the loss per pair.
+
+        Metrics: `preference_accuracy`, share of pairs whose chosen answer gained more over the reference;
+        `preference_margin`, mean of `beta` times the difference; `chosen_logratio` and `rejected_logratio`, the means
+        of both sides, because both may fall while their difference grows.
+        """
+        other = Batch(rejected_rollout(batch.rollout), batch.cast, batch.knobs, batch.rng)
+        chosen, rejected = self._logratio(batch), self._logratio(other)
+        table = batch.rollout.columns
+        per_pair = dpo_loss(
+            chosen,
+            rejected,
+            self.beta,
+            self.variant,
+            smoothing=table.get("smoothing", self.label_smoothing),
+            margin=table.get("margin", 0.0),
+        )
+        gap = (chosen - rejected).detach()
+        metrics = {
+            "preference_accuracy": (gap > 0).to(gap.dtype).mean(),
+            "preference_margin": self.beta * gap.mean(),
+            "chosen_logratio": chosen.detach().mean(),
+            "rejected_logratio": rejected.detach().mean(),
+        }
+        return (per_pair * table.get("weight", 1.0)).mean() * batch.share, metrics
+
+    def _logratio(self, side: Batch) -> Tensor:
+        """`[P]`, log-probability of one side's answers over the reference's."""
+        mask = side.rollout.loss_mask
+        per_step = side.distribution(self.member).logprob - self._reference(side)
+        total = torch.where(mask, per_step, 0).sum(1)
+        return total / mask.sum(1).clamp(min=1) if self.length_normalize else total
+
+    def _reference(self, side: Batch) -> Tensor | float:
+        if self.recorded is not None:
+            recorded: Tensor = side.rollout[self.recorded]
+            return recorded
+        if self.reference is None:
+            return 0.0
+        if self.reference not in side.cast:
+            raise ValueError(
+                f"DPOObjective needs the member '{self.reference}', which the cast lacks (it has: "
+                f"{', '.join(side.cast)}); give the stage rules=[ReferenceRefresh(member='{self.reference}')], name a "
+                "column of recorded log-probabilities, or set reference=None"
+            )
+        return side.distribution(self.reference).logprob.detach()

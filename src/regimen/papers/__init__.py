@@ -1,0 +1,93 @@
+"""The papers, one file each, found by name: `load("unipic2")`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regimen.lab.experiment import Paper
+
+_FOLDER = Path(__file__).parent
+VERDICTS = _FOLDER / "verdicts.json"
+"""Verdicts that maintainers recorded with `regimen papers --update`, by slug."""
+
+
+class UnknownPaper(LookupError):
+    """There is no paper of that name."""
+
+    def __init__(self, slug: str, known: Iterable[str]) -> None:
+        known = list(known)
+        near = difflib.get_close_matches(slug, known, n=1, cutoff=0.5)
+        hint = f" did you mean '{near[0]}'?" if near else ""
+        super().__init__(f"there is no paper '{slug}';{hint} there are: {', '.join(known)}")
+
+
+def available() -> list[str]:
+    """The slugs of all papers, in order."""
+    return sorted(path.stem.replace("_", "-") for path in _FOLDER.glob("[!_]*.py"))
+
+
+def load(slug: str) -> Paper:
+    """The paper with that slug.
+
+    Raises:
+        UnknownPaper: there is none; the message names the nearest.
+    """
+    paper: Paper = importlib.import_module(f"regimen.papers.{_file(slug).stem}").PAPER
+    return paper
+
+
+def facts(slug: str) -> dict[str, str]:
+    """A paper's slug, title, arXiv number, verb, policy and claim, read from its file without importing it."""
+    for node in ast.parse(_file(slug).read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            target = node.targets[0]
+            if isinstance(target, ast.Name) and target.id == "PAPER":
+                literal = {k.arg: k.value for k in node.value.keywords if isinstance(k.value, ast.Constant)}
+                return {str(name): str(value.value) for name, value in literal.items()}
+    raise ValueError(f"{_file(slug).name} has no PAPER = Paper(...); expected one, with its texts as literals")
+
+
+def verdicts() -> dict[str, Any]:
+    """What was recorded, by slug; a paper without an entry has not been run."""
+    recorded: dict[str, Any] = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
+    return recorded
+
+
+def record(results: Mapping[str, Any]) -> None:
+    """Keep the verdict of an experiment's `results.json` with the package.
+
+    Raises:
+        ExperimentError: it is a smoke test, or not all that the paper's verdict needs was trained.
+    """
+    from regimen.lab.experiment import ExperimentError
+
+    gaps = [
+        claim["name"]
+        for claim in (*results["claims"], *results["left_out"])
+        if claim["judged"] and claim.get("missing", True)
+    ]
+    if results["scale"] == "quick" or results["changed"] or gaps:
+        raise ExperimentError(
+            f"this run of {results['paper']['slug']} is no evidence for a verdict: its scale is '{results['scale']}', "
+            f"its changed settings are {', '.join(results['changed']) or 'none'}, its judged claims with gaps: "
+            f"{', '.join(gaps) or 'none'}; expected scale 'default' or 'full', no changes and no gaps"
+        )
+    kept = ("name", "text", "mean", "low", "high", "above", "verdict", "judged")
+    entry = {name: results[name] for name in ("verdict", "scale", "seeds", "versions", "machine", "wall_clock_seconds")}
+    entry["claims"] = [{name: claim[name] for name in kept} for claim in results["claims"]]
+    VERDICTS.write_text(
+        json.dumps(dict(sorted((verdicts() | {results["paper"]["slug"]: entry}).items())), indent=1) + "\n"
+    )
+
+
+def _file(slug: str) -> Path:
+    if slug not in available():
+        raise UnknownPaper(slug, available())
+    return _FOLDER / f"{slug.replace('-', '_')}.py"

@@ -1,0 +1,60 @@
+"""How steps are weighted: worked values, and that micro-batches sum to the whole."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regimen.functions import aggregate_weights, masked_mean
+from regimen.functions.aggregate import Aggregate
+
+MASK = torch.tensor([[True, True, True, True], [True, False, False, False], [False, False, False, False]])
+LOSS = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 0.0, 0.0, 0.0], [99.0, 99.0, 99.0, 99.0]])
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "expected"), [("sequence", (2.5 + 10) / 2), ("token", 20 / 5), ("constant", 20 / 12)]
+)
+def test_worked_values(aggregate: Aggregate, expected: float) -> None:
+    assert float((LOSS * aggregate_weights(MASK, aggregate)).sum()) == pytest.approx(expected)
+
+
+def test_horizon_replaces_the_padded_length() -> None:
+    assert float((LOSS * aggregate_weights(MASK, "constant", horizon=8)).sum()) == pytest.approx(20 / 24)
+
+
+def test_nothing_to_learn_from_weighs_nothing() -> None:
+    empty = torch.zeros(2, 3, dtype=torch.bool)
+    for aggregate in get_args(Aggregate):
+        assert aggregate_weights(empty, aggregate).sum() == 0
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=2, max_size=7), st.integers(1, 6))
+def test_any_split_sums_to_the_whole(rows: list[list[bool]], cut: int) -> None:
+    mask = torch.tensor(rows)
+    loss = torch.arange(mask.numel(), dtype=torch.float32).view(mask.shape)
+    for aggregate in get_args(Aggregate):
+        weights = aggregate_weights(mask, aggregate)
+        parts = [(loss[rows] * weights[rows]).sum() for rows in (slice(0, cut), slice(cut, None))]
+        assert float(sum(parts)) == pytest.approx(float((loss * weights).sum()), rel=1e-5)
+
+
+def test_masked_mean() -> None:
+    values = torch.tensor([1.0, torch.nan, 3.0])
+    assert float(masked_mean(values, torch.tensor([True, False, True]))) == 2
+    assert float(masked_mean(values, torch.zeros(3, dtype=torch.bool))) == 0
+    with pytest.raises(ValueError, match=r"values \[3\] and mask \[2\] differ"):
+        masked_mean(values, torch.ones(2, dtype=torch.bool))
+
+
+def test_bad_inputs_are_named() -> None:
+    with pytest.raises(ValueError, match=r"mask has shape \[3\], expected \[B, T\]"):
+        aggregate_weights(torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="'mean' is not one of sequence, token, constant"):
+        aggregate_weights(MASK, "mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="horizon is 0, expected at least 1"):
+        aggregate_weights(MASK, "constant", horizon=0)
