@@ -76,7 +76,7 @@ class StageRun:
         rollout = self._judge(rollout, metrics)
         self._adapt("after_judge", step, metrics)
         if self.stage.credit is not None:
-            rollout = self.stage.credit(rollout, self.board)
+            rollout = self.stage.credit(rollout, self.board, self.cast)
             metrics.update(advantage_metrics(rollout))
         self.memory.add(rollout)
         self._learn(rollout, step, metrics, counters, rng)

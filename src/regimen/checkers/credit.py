@@ -35,7 +35,7 @@ def check_credit(credit: Credit, setting: Setting, findings: Findings) -> None:
 
 def _apply(credit: Credit, rollout: Rollout, setting: Setting, findings: Findings) -> Rollout:
     knobs = declared_knobs({type(credit).__name__: credit}, setting.values)
-    result = findings.attempt("credit(rollout, knobs)", lambda: credit(rollout, knobs))
+    result = findings.attempt("credit(rollout, knobs, cast)", lambda: credit(rollout, knobs, setting.cast))
     findings.insist(isinstance(result, Rollout), f"it returned a {type(result).__name__}, expected a Rollout")
     return result
 

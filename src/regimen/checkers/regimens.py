@@ -63,7 +63,7 @@ def _check_stage(stage: Stage, setting: Setting, findings: Findings) -> None:
     if (credit := stage.credit) is not None:
         run("credit", check_credit, credit, rollout)
         judged = rollout
-        rollout = findings.attempt(f"stage '{stage.name}', credit", lambda: credit(judged, setting.values))
+        rollout = findings.attempt(f"stage '{stage.name}', credit", lambda: credit(judged, setting.values, setting.cast))
     for update in stage.updates:
         run(f"update '{update.name}'", check_objective, update.objective, rollout)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from regimen.knobs import Knob
 from regimen.rollout import Rollout
@@ -18,6 +18,9 @@ class Credit(Protocol):
         """The knobs that it reads."""
         ...
 
-    def __call__(self, rollout: Rollout, knobs: Mapping[str, float]) -> Rollout:
-        """The rollout with `advantages [B, T]`; 0 at steps that are not learned from."""
+    def __call__(self, rollout: Rollout, knobs: Mapping[str, float], cast: Mapping[str, Any]) -> Rollout:
+        """The rollout with `advantages [B, T]`, 0 at steps that are not learned from; or a selection; or pairs.
+
+        `cast` is for credit that asks a critic or an estimator.
+        """
         ...

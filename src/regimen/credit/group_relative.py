@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ class GroupRelativeAdvantage:
         """It reads none."""
         return ()
 
-    def __call__(self, rollout: Rollout, knobs: Mapping[str, float]) -> Rollout:
+    def __call__(self, rollout: Rollout, knobs: Mapping[str, float], cast: Mapping[str, Any]) -> Rollout:
         """The rollout with `advantages [B, T]`; samples that left the loss count nowhere."""
         if rollout.reward is None:
             raise ValueError("GroupRelativeAdvantage: the rollout has no reward; give the stage a reward that trains")
