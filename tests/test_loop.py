@@ -124,9 +124,9 @@ def test_logged_total_is_what_credit_consumed() -> None:
     seen: list[Rollout] = []
 
     class Spy(GroupRelativeAdvantage):
-        def __call__(self, rollout: Rollout, knobs: object) -> Rollout:
+        def __call__(self, rollout: Rollout, knobs: object, cast: object) -> Rollout:
             seen.append(rollout)
-            return super().__call__(rollout, knobs)  # type: ignore[arg-type]
+            return super().__call__(rollout, knobs, cast)  # type: ignore[arg-type]
 
     events: list[Event] = []
     stage = reinforce(steps=1, credit=Spy())

@@ -62,8 +62,8 @@ def _check_stage(stage: Stage, setting: Setting, findings: Findings) -> None:
         rollout = _judged(reward, rollout, setting, stage.reward_timeout_s)
     if (credit := stage.credit) is not None:
         run("credit", check_credit, credit, rollout)
-        judged = rollout
-        rollout = findings.attempt(f"stage '{stage.name}', credit", lambda: credit(judged, setting.values, setting.cast))
+        judged, values, cast = rollout, setting.values, setting.cast
+        rollout = findings.attempt(f"stage '{stage.name}', credit", lambda: credit(judged, values, cast))
     for update in stage.updates:
         run(f"update '{update.name}'", check_objective, update.objective, rollout)
 
