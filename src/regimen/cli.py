@@ -169,13 +169,14 @@ def _run(plan: Plan) -> dict[str, Any]:
 
 def _show(results: dict[str, Any], out: Path) -> None:
     """The end of a run: claims, arms, verdict, where the report is."""
-    from regimen.lab.display import COLOURS, arms_table, verdict_table
+    from regimen.lab.display import COLOURS, arms_table, spent_table, verdict_table
 
     console = _console()
     if results["claims"]:
         console.print(verdict_table(results))
     if any(results["arms"].values()):
         console.print(arms_table(results))
+        console.print(spent_table(results))
     colour = COLOURS[results["verdict"]]
     smoke = " (scale quick is a smoke test: too short to mean anything)" if results["scale"] == "quick" else ""
     console.print(f"\n{results['paper']['slug']}: [bold {colour}]{results['verdict']}[/bold {colour}]{smoke}")

@@ -19,6 +19,7 @@ from regimen.lab.runner import Progress as Told
 
 COLOURS = {"holds": "green", "unclear": "yellow", "does not hold": "red"}
 _LOG_PAUSE_S = 10.0
+_SPENT = ("samples", "rows", "gradient_steps", "seconds")
 
 
 class Display:
@@ -136,29 +137,35 @@ def verdict_table(results: Mapping[str, Any]) -> Table:
 
 
 def arms_table(results: Mapping[str, Any]) -> Table:
-    """The arms' final metrics and what they cost, means over seeds."""
+    """The arms' first metrics at the end, means over seeds with their intervals."""
     table = Table(title="Arms (mean over seeds, 95 % interval)", title_justify="left", title_style="bold")
-    labels = shown_metrics(results)
-    shown = list(labels)[:3]
+    labels = dict(list(shown_metrics(results).items())[:3])
     table.add_column("arm")
-    for name in shown:
-        table.add_column(labels[name], justify="right")
-    for name in ("samples", "rows", "steps", "seconds"):
-        table.add_column(name, justify="right")
-    for arm, seeds in results["arms"].items():
-        if not seeds:
-            continue
+    for label in labels.values():
+        table.add_column(label, justify="right")
+    for arm, title in _trained(results).items():
         found = results["intervals"][arm]
-        cells = [
-            f"{number(found[m]['mean'])}\n[dim]{escape(bracket(found[m]))}[/dim]".removesuffix("\n[dim][/dim]")
-            for m in shown
-        ]
-        spent = [
-            sum(e[what] for e in seeds.values()) / len(seeds)
-            for what in ("samples", "rows", "gradient_steps", "seconds")
-        ]
-        table.add_row(escape(results["paper"]["arms"][arm]["title"]), *cells, *(f"{value:,.0f}" for value in spent))
+        cells = (f"{number(found[m]['mean'])} [dim]{escape(bracket(found[m]))}[/dim]".strip() for m in labels)
+        table.add_row(escape(title), *cells)
     return table
+
+
+def spent_table(results: Mapping[str, Any]) -> Table:
+    """What each arm cost, its start included, means over seeds."""
+    table = Table(title="Spent per seed", title_justify="left", title_style="bold")
+    table.add_column("arm")
+    for name in ("samples", "rows of data", "gradient steps", "seconds"):
+        table.add_column(name, justify="right")
+    for arm, title in _trained(results).items():
+        seeds = results["arms"][arm].values()
+        spent = (sum(entry[what] for entry in seeds) / len(seeds) for what in _SPENT)
+        table.add_row(escape(title), *(f"{value:,.0f}" for value in spent))
+    return table
+
+
+def _trained(results: Mapping[str, Any]) -> dict[str, str]:
+    """The titles of the arms that have results, by name."""
+    return {arm: results["paper"]["arms"][arm]["title"] for arm, seeds in results["arms"].items() if seeds}
 
 
 def _name(key: Key) -> str:
