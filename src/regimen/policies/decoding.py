@@ -1,0 +1,196 @@
+"""The token sampler: prompts are read once, finished rows dropped, every row has a random stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from regimen.functions.categorical import row_uniform, sample_tokens, support_size, token_logprob
+from regimen.models.causal_lm import CausalLM
+from regimen.models.kv_cache import RowsCache
+
+DROP_BELOW = 0.75
+"""Finished rows are dropped when less than this share of the rows is at work: dropping copies the cache."""
+
+
+class Stop(Protocol):
+    """Says which rows end with the token just sampled."""
+
+    def __call__(self, tokens: Tensor, length: int) -> Tensor:
+        """Bool `[R]`, given the tokens so far, int64 `[R, capacity]`, of which `length` count."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k, top_p: truncation, see `support_size`.
+        max_new_tokens: per row.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_k > 0 or self.top_p < 1
+
+    def choose(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A token per row `[R]`, its log-probability `[R]`, and the size of the support `[R]` if it is truncated."""
+        if self.temperature == 0:
+            return logits.argmax(-1), logits.new_zeros(len(logits)), None
+        scaled = logits / self.temperature
+        kept = support_size(scaled, self.top_k, self.top_p) if self.truncates else None
+        tokens = sample_tokens(scaled, uniform, kept)
+        return tokens, token_logprob(scaled, tokens, kept), kept
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What was sampled after some prompts.
+
+    Attributes:
+        tokens: int64 `[B, R]`; mask: bool `[B, R]`.
+        logprobs: `[B, R]`, 0 where `mask` is False and everywhere at temperature 0.
+        kept: int64 `[B, R]`, sizes of the supports, if truncated.
+        ended: bool `[B]`, False where a row was cut off at its length limit.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    kept: Tensor | None
+    ended: Tensor
+
+
+@torch.no_grad()
+def decode(
+    network: CausalLM,
+    prompts: Sequence[Tensor],
+    rows: Tensor,
+    sampling: Sampling,
+    stop: Stop,
+    seeds: Tensor,
+    images: Mapping[str, Tensor] | None = None,
+) -> Completions:
+    """Sample a completion for each row.
+
+    Args:
+        network: the model.
+        prompts: `U` distinct prompts, int64 `[L_u]`, each of at least one token.
+        rows: int64 `[B]`, the prompt that each row continues.
+        sampling: how tokens are drawn.
+        stop: when a row ends.
+        seeds: int64 `[B]`, of the rows' random streams.
+        images: of the prompts, as the processor made them.
+    """
+    state = _Decoder(network, prompts, rows, sampling, seeds, images)
+    for step in range(sampling.max_new_tokens):
+        state.draw(step)
+        if not state.end(stop, step):
+            break
+        if step + 1 < sampling.max_new_tokens:
+            state.advance(step)
+    return state.completions()
+
+
+class _Decoder:
+    """Rows at work: `alive` holds their place among all `B`."""
+
+    def __init__(
+        self,
+        network: CausalLM,
+        prompts: Sequence[Tensor],
+        rows: Tensor,
+        sampling: Sampling,
+        seeds: Tensor,
+        images: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.network, self.sampling, self.seeds = network, sampling, seeds
+        device, batch, room = rows.device, len(rows), sampling.max_new_tokens
+        self.alive = torch.arange(batch, device=device)
+        self.working = torch.ones(batch, dtype=torch.bool, device=device)
+        self.tokens = torch.zeros(batch, room, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(batch, room, device=device)
+        self.kept = torch.zeros(batch, room, dtype=torch.int64, device=device) if sampling.truncates else None
+        self.lengths = torch.full((batch,), room, device=device)
+        self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._prefill(prompts, rows, images)
+
+    def _prefill(self, prompts: Sequence[Tensor], rows: Tensor, images: Mapping[str, Tensor] | None) -> None:
+        """Read each distinct prompt once; every row then continues from its own."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=rows.device)
+        longest = int(lengths.max())
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=rows.device)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = prompt.to(rows.device)
+        real = torch.arange(longest, device=rows.device) >= longest - lengths[:, None]
+        padded = not bool(real.all())
+        self.cache: RowsCache = self.network.new_cache(longest + self.sampling.max_new_tokens)
+        mask = real if padded or images else None
+        hidden = self.network.hidden(ids, mask=mask, cache=self.cache, images=images)
+        self.logits = self.network.logits(hidden[:, -1])[rows]
+        self.position = lengths[rows, None]
+        self.axes = 1
+        shift = self.network.position_shift(len(prompts), rows.device) if images else None
+        if shift is not None:
+            self.position, self.axes = self.position + shift[rows], 3
+        self.real = self._room_for(real)[rows] if padded else None
+        self.seen = longest
+        if len(rows) != len(prompts) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            self.cache.choose(rows)
+
+    def _room_for(self, real: Tensor) -> Tensor:
+        more = torch.ones(len(real), self.sampling.max_new_tokens, dtype=torch.bool, device=real.device)
+        return torch.cat([real, more], 1)
+
+    def draw(self, step: int) -> None:
+        """A token for every row at work."""
+        uniform = row_uniform(self.seeds[self.alive], step)
+        self.new, logprob, kept = self.sampling.choose(self.logits, uniform)
+        self.tokens[self.alive, step] = self.new
+        self.logprobs[self.alive, step] = logprob
+        if self.kept is not None and kept is not None:
+            self.kept[self.alive, step] = kept
+
+    def end(self, stop: Stop, step: int) -> bool:
+        """Take note of the rows that end with this token; whether any goes on."""
+        done = stop(self.tokens[self.alive], step + 1) & self.working
+        ended = self.alive[done]
+        self.lengths[ended], self.ended[ended] = step + 1, True
+        self.working &= ~done
+        left = int(self.working.sum())
+        if left and left < DROP_BELOW * len(self.working):
+            rows = self.working.nonzero().squeeze(-1)
+            self.cache.choose(rows)
+            self.alive, self.new, self.position = self.alive[rows], self.new[rows], self.position[rows]
+            self.real = None if self.real is None else self.real[rows]
+            self.working = self.working[rows]
+        return left > 0
+
+    def advance(self, step: int) -> None:
+        """Read the tokens just drawn."""
+        visible = None if self.real is None else self.real[:, None, : self.seen + step + 1]
+        positions = self.position + step
+        if self.axes > 1:
+            positions = positions.expand(self.axes, *positions.shape)
+        hidden = self.network.hidden(self.new[:, None], visible=visible, positions=positions, cache=self.cache)
+        self.logits = self.network.logits(hidden[:, -1])
+
+    def completions(self) -> Completions:
+        """All rows, cut to the longest."""
+        longest = int(self.lengths.max())
+        mask = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
+        tokens, logprobs = (torch.where(mask, x[:, :longest], 0) for x in (self.tokens, self.logprobs))
+        kept = None if self.kept is None else torch.where(mask, self.kept[:, :longest], 0)
+        return Completions(tokens, mask, logprobs, kept, self.ended)
