@@ -15,7 +15,7 @@ _PER_SAMPLE = ("task", "group", "version", "started_at", "finished_at")
 _PER_STEP = ("logprobs", "mask", "loss_mask", "discount", "segment", "advantages")
 _PER_STEP_WIDE = ("observations", "actions")
 _TABLES = ("context", "knobs", "columns", "rewards", "status")
-STEP_FIELDS = (*_PER_STEP, *_PER_STEP_WIDE)
+STEP_FIELDS = (*_PER_STEP, *_PER_STEP_WIDE, "step_columns")
 FIELDS = (*_PER_SAMPLE, *STEP_FIELDS, *_TABLES, "reward")
 _DTYPES = {"mask": torch.bool, "loss_mask": torch.bool, "task": torch.int64, "group": torch.int64}
 
@@ -43,7 +43,7 @@ class Rollout:
         rewards, status: tables of components, `[B]` or `[B, T]` raw values and uint8 `[B]` outcomes.
         reward: `[B]` or `[B, T]`, the total that credit consumes.
         advantages: `[B, T]`, or with more dimensions for a weight map over a sample.
-        columns: table `[B]` of whatever else a paper conditions on.
+        columns: table `[B]` of whatever else a paper conditions on; step_columns: the same per step, `[B, T]`.
     """
 
     data: TensorDict
@@ -59,6 +59,7 @@ class Rollout:
         context: Mapping[str, Any] | TensorDict | None = None,
         knobs: Mapping[str, float] | None = None,
         columns: Mapping[str, Any] | TensorDict | None = None,
+        step_columns: Mapping[str, Any] | TensorDict | None = None,
         **fields: Any,
     ) -> Self:
         """A rollout of one task, with every shape checked.
@@ -81,6 +82,7 @@ class Rollout:
             "discount": torch.ones(batch, steps, device=device),
             "context": context if context is not None else {},
             "columns": columns if columns is not None else {},
+            "step_columns": step_columns if step_columns is not None else {},
             "knobs": in_force,
             **fields,
         }
@@ -104,11 +106,18 @@ class Rollout:
         raise AttributeError(f"a rollout has no field '{name}'; side columns are read as rollout['{name}']")
 
     def column(self, name: str) -> Any:
-        """Side column `name`, a list if it holds texts; `KeyError` with those there are."""
-        if name not in self.columns.keys():  # noqa: SIM118
-            there = ", ".join(sorted(self.columns.keys())) or "none"
+        """Side column `name`, per sample or per step, a list if it holds texts; `KeyError` with those there are."""
+        if (found := self.get(name)) is None:
+            there = ", ".join(sorted([*self.columns.keys(), *self.step_columns.keys()])) or "none"
             raise KeyError(f"the rollout of task {'/'.join(self.task_names)} has no column '{name}'; it has: {there}")
-        return self.columns[name]
+        return found
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Side column `name`, per sample or per step, or `default`."""
+        for table in (self.columns, self.step_columns):
+            if name in table.keys():  # noqa: SIM118
+                return table[name]
+        return default
 
     @property
     def steps(self) -> int:
@@ -138,6 +147,34 @@ class Rollout:
         for name, value in _table("columns", columns, [len(self)], self.mask.device).items():
             table.set(name, value)
         return self.replace(columns=table)
+
+    def with_step_columns(self, **columns: Any) -> Self:
+        """The rollout with side columns `[B, T, ...]` added or changed."""
+        table = self.step_columns.exclude(*columns)
+        for name, value in _table("step_columns", columns, [len(self), self.steps], self.mask.device).items():
+            table.set(name, value)
+        return self.replace(step_columns=table)
+
+    def unrolled(self, where: Tensor | None = None) -> Self:
+        """Every step as a sample of one step: `R` rows, of the steps `where` (bool `[B, T]`, default `mask`)."""
+        row, step = (self.mask if where is None else where).nonzero(as_tuple=True)
+        shape = [len(row), 1]
+
+        def picked(value: Any) -> Any:
+            if isinstance(value, TensorDict):
+                return value.apply(picked, batch_size=shape)
+            return value[row, step][:, None]
+
+        names = [name for name in STEP_FIELDS if name in self.data.keys()]  # noqa: SIM118
+        names += ["reward"] if self.reward is not None and self.reward.ndim == 2 else []
+        data = self.data.exclude(*names)[row]
+        for name in names:
+            data.set(name, picked(self.data.get(name)))
+        if self.rewards is not None:
+            data.set(
+                "rewards", self.rewards.apply(lambda v: picked(v) if v.ndim > 1 else v[row], batch_size=[len(row)])
+            )
+        return type(self)(data, self.task_names)
 
     def padded(self, steps: int) -> Self:
         """The rollout with `T` raised to `steps`; the new steps are masked.
@@ -203,7 +240,7 @@ def _as_field(name: str, value: Any, batch: int, steps: int, device: Any) -> Any
     """A field's value as a rollout stores it, its shape and type checked."""
     if name in _TABLES:
         return _table(name, value, [batch], device)
-    if name in _PER_STEP_WIDE and isinstance(value, Mapping):
+    if name == "step_columns" or (name in _PER_STEP_WIDE and isinstance(value, Mapping)):
         value = _table(name, value, [batch, steps], device)
     check_field(name, value, batch, steps)
     return value
@@ -263,12 +300,13 @@ def _table(owner: str, value: Any, batch: Sequence[int], device: Any) -> TensorD
         raise ValueError(f"rollout field '{owner}' is a {type(value).__name__}, expected a mapping or a table")
     table = TensorDict({}, batch_size=batch, device=device)
     for name, entry in value.items():
-        if isinstance(entry, Mapping):
+        # A stack of texts is a mapping too, without entries.
+        if isinstance(entry, Mapping) and not isinstance(entry, NonTensorStack):
             entry = _table(f"{owner}/{name}", entry, batch, device)
         elif isinstance(entry, list | tuple):
             numbers = entry and all(isinstance(item, bool | int | float) for item in entry)
             entry = torch.tensor(entry) if numbers else NonTensorStack(*entry)
-        elif not isinstance(entry, TensorDict | NonTensorStack):
+        elif not isinstance(entry, NonTensorStack):
             entry = torch.as_tensor(entry)
         if list(entry.shape[: len(batch)]) != list(batch):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -25,18 +25,30 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Epochs:
-    """Passes over the newest rollout, each shuffled and split into minibatches of equal size (to within one)."""
+    """Passes over the newest rollout, each shuffled and split into minibatches of equal size (to within one).
+
+    Attributes:
+        epochs: passes.
+        minibatches: per pass.
+        unit: what is shuffled: whole samples, or single steps (as PPO does, for policies without memory).
+    """
 
     epochs: int = 1
     minibatches: int = 1
+    unit: Literal["sample", "step"] = "sample"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.minibatches < 1:
-            raise ValueError(f"Epochs({self.epochs}, {self.minibatches}): expected at least 1 of each")
+        if self.epochs < 1 or self.minibatches < 1 or self.unit not in ("sample", "step"):
+            raise ValueError(
+                f"Epochs({self.epochs}, {self.minibatches}, {self.unit!r}): expected at least 1 of each, and a unit "
+                "'sample' or 'step'"
+            )
 
     def __call__(self, memory: Memory, rng: torch.Generator) -> Iterator[Rollout]:
         """`epochs * minibatches` minibatches; samples without any step to learn from are left out."""
         rollout = memory.newest()
+        if self.unit == "step":
+            rollout = rollout.unrolled(rollout.loss_mask)
         alive = rollout.loss_mask.any(1)
         if not bool(alive.all()):
             rollout = rollout[alive]

@@ -22,7 +22,9 @@ class GAE:
     """Advantages and value targets from a critic; see `regimen.functions.gae`.
 
     Reads the rollout's reward (`[B]` counts at the last existing step), its `discount`, and optional columns
-    `bootstrap` and `cut` where samples were cut short. Steps that exist but are not learned from are passed through.
+    `bootstrap` and `cut` where samples were cut short; without a `bootstrap`, the critic is asked for the value of
+    `next_observations` (as an `EnvTask` records them) after those steps and after the last one. Steps that exist but
+    are not learned from are passed through.
     Monte-Carlo returns are `GAE(lam=1)`.
 
     Attributes:
@@ -64,12 +66,12 @@ class GAE:
         reward = on_last_step(rollout.reward, rollout.mask) if rollout.reward.ndim == 1 else rollout.reward
         values = self._values(rollout, cast)
         advantages, target = gae(
-            reward, values, rollout.discount, self.lam, rollout.mask, _column(rollout, "bootstrap"),
+            reward, values, rollout.discount, self.lam, rollout.mask, self._bootstrap(rollout, cast),
             cut=_column(rollout, "cut"), decided=rollout.loss_mask,
         )  # fmt: skip
         if self.normalize is not None:
             advantages = self._normalized(advantages, rollout)
-        return rollout.replace(advantages=advantages).with_columns(**{self.values: values, "value_target": target})
+        return rollout.replace(advantages=advantages).with_step_columns(**{self.values: values, "value_target": target})
 
     def _values(self, rollout: Rollout, cast: Mapping[str, Any]) -> Tensor:
         recorded = _column(rollout, self.values)
@@ -85,6 +87,22 @@ class GAE:
         values: Tensor = cast[self.critic](source)
         return values
 
+    def _bootstrap(self, rollout: Rollout, cast: Mapping[str, Any]) -> Tensor | None:
+        """Values after the steps at which a sample is cut, `[B, T]`, as recorded or as the critic sees them."""
+        recorded, after = _column(rollout, "bootstrap"), _column(rollout, "next_observations")
+        if recorded is not None or after is None or self.reads is not None or self.critic not in cast:
+            return recorded
+        ends = torch.zeros_like(rollout.mask) if (cut := _column(rollout, "cut")) is None else cut.clone()
+        ends[:, -1] = rollout.mask[:, -1]
+        beyond = Rollout.create(
+            task=rollout.task_names[0],
+            group=torch.zeros(int(ends.sum()), dtype=torch.int64, device=ends.device),
+            mask=torch.ones(int(ends.sum()), 1, dtype=torch.bool, device=ends.device),
+            observations=after[ends][:, None],
+        )
+        values: Tensor = cast[self.critic](beyond).to(rollout.discount.dtype)
+        return torch.zeros_like(rollout.discount).masked_scatter(ends, values)
+
     def _normalized(self, advantages: Tensor, rollout: Rollout) -> Tensor:
         """Standardising over steps is being better than the other steps of the same batch or task."""
         task = rollout.task if self.normalize == "task" else torch.zeros_like(rollout.task)
@@ -98,5 +116,5 @@ class GAE:
 
 
 def _column(rollout: Rollout, name: str) -> Tensor | None:
-    value: Tensor | None = rollout.columns.get(name, None)
+    value: Tensor | None = rollout.get(name)
     return value

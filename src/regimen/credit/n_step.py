@@ -56,8 +56,8 @@ class NStepReturn:
         total, factor = n_step_return(reward, discount, self.n, rollout.mask)
         columns: dict[str, Tensor] = {"n_step_return": total, "n_step_discount": factor}
         if self.bootstrap is not None:
-            after = rollout.columns.get("bootstrap", None)
+            after = rollout.get("bootstrap")
             columns["value_target"] = n_step_target(
                 reward, rollout[self.bootstrap], discount, self.n, rollout.mask, after
             )
-        return rollout.with_columns(**columns)
+        return rollout.with_step_columns(**columns)

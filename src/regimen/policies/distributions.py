@@ -1,0 +1,153 @@
+"""Distributions over actions at `R` steps: categorical, Gaussian, and Gaussian squashed into a box."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from regimen.functions.categorical import sample_tokens
+from regimen.functions.divergences import gaussian_kl
+
+_NEAR_ONE = 1 - 1e-6
+
+
+class ActionDistribution(Protocol):
+    """A distribution over actions at each of `R` steps."""
+
+    def sample(self, rng: torch.Generator) -> Tensor:
+        """Actions `[R, ...]`, drawn; with a gradient where the distribution has one (continuous actions)."""
+        ...
+
+    def mode(self) -> Tensor:
+        """The likeliest actions `[R, ...]` (of a squashed Gaussian, its squashed mean)."""
+        ...
+
+    def logprob(self, actions: Tensor) -> Tensor:
+        """`[R]`, of actions `[R, ...]`."""
+        ...
+
+    def entropy(self) -> Tensor:
+        """`[R]`, in nats."""
+        ...
+
+    def kl(self, other: Any) -> Tensor:
+        """`[R]`, KL(self || other)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of `A` actions, by logits `[R, A]`."""
+
+    logits: Tensor
+
+    @cached_property
+    def logp(self) -> Tensor:
+        """`[R, A]`, log-probabilities of all actions."""
+        return self.logits.log_softmax(-1)
+
+    def sample(self, rng: torch.Generator) -> Tensor:
+        """Actions int64 `[R]`."""
+        uniform = torch.rand(len(self.logits), generator=rng, device=rng.device)
+        return sample_tokens(self.logits, uniform.to(self.logits.device))
+
+    def mode(self) -> Tensor:
+        """The likeliest action, int64 `[R]`."""
+        return self.logits.argmax(-1)
+
+    def logprob(self, actions: Tensor) -> Tensor:
+        """`[R]`."""
+        return self.logp.gather(-1, actions.long()[:, None]).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """`[R]`."""
+        return -(self.logp.exp() * self.logp).sum(-1)
+
+    def kl(self, other: Categorical) -> Tensor:
+        """`[R]`."""
+        return (self.logp.exp() * (self.logp - other.logp)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent Gaussians: `mean` and `std`, `[R, A]`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, rng: torch.Generator) -> Tensor:
+        """Actions `[R, A]`."""
+        return self.mean + self.std * _noise(self.mean, rng)
+
+    def mode(self) -> Tensor:
+        """The mean."""
+        return self.mean
+
+    def logprob(self, actions: Tensor) -> Tensor:
+        """`[R]`, summed over the action's dimensions."""
+        squared = ((actions - self.mean) / self.std).square()
+        return -(squared / 2 + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """`[R]`."""
+        return (0.5 * math.log(2 * math.pi * math.e) + self.std.log()).expand_as(self.mean).sum(-1)
+
+    def kl(self, other: Gaussian) -> Tensor:
+        """`[R]`."""
+        return gaussian_kl(self.mean, self.std, other.mean, other.std).sum(-1)
+
+
+@dataclass(frozen=True)
+class SquashedGaussian:
+    """`tanh` of independent Gaussians: actions in (-1, 1) (Haarnoja et al. 2018, appendix C)."""
+
+    mean: Tensor
+    std: Tensor
+
+    @cached_property
+    def before(self) -> Gaussian:
+        """The Gaussian before it is squashed."""
+        return Gaussian(self.mean, self.std)
+
+    def sample(self, rng: torch.Generator) -> Tensor:
+        """Actions `[R, A]`."""
+        return self.sample_with_logprob(rng)[0]
+
+    def sample_with_logprob(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Actions and their log-probability, without the loss of precision of inverting the squashing."""
+        raw = self.before.sample(rng)
+        return raw.tanh(), self.before.logprob(raw) - _log_slope(raw)
+
+    def mode(self) -> Tensor:
+        """The squashed mean."""
+        return self.mean.tanh()
+
+    def logprob(self, actions: Tensor) -> Tensor:
+        """`[R]`; actions at the border are taken as 1e-6 inside it."""
+        raw = actions.clamp(-_NEAR_ONE, _NEAR_ONE).atanh()
+        return self.before.logprob(raw) - _log_slope(raw)
+
+    def entropy(self) -> Tensor:
+        """Refused: it has no closed form."""
+        raise NotImplementedError(
+            "SquashedGaussian has no entropy in closed form; use the log-probability of its samples, or a Gaussian"
+        )
+
+    def kl(self, other: SquashedGaussian) -> Tensor:
+        """`[R]`: that of the Gaussians, which squashing both leaves as it is."""
+        return self.before.kl(other.before)
+
+
+def _log_slope(raw: Tensor) -> Tensor:
+    """`sum log(1 - tanh(x)^2)`, stable for large `x`."""
+    return (2 * (math.log(2) - raw - softplus(-2 * raw))).sum(-1)
+
+
+def _noise(like: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=rng, device=rng.device).to(like)
