@@ -14,9 +14,13 @@ from regimen.rewards.base import (
     at_last_step,
     reward_from,
 )
+from regimen.rewards.endpoint import EndpointReward
+from regimen.rewards.environment import EnvironmentReward
 from regimen.rewards.images import ClassifierReward, EditReward
 from regimen.rewards.isolated import IsolatedReward
 from regimen.rewards.judge import JudgeReport, judge
+from regimen.rewards.programs import ProgramReward
+from regimen.rewards.sandbox import Limits, Outcome, run_limited, run_python
 
 __all__ = [
     "FAILED",
@@ -24,16 +28,23 @@ __all__ = [
     "SCORED",
     "ClassifierReward",
     "EditReward",
+    "EndpointReward",
+    "EnvironmentReward",
     "Expression",
     "FirstApplicable",
     "FunctionReward",
     "IsolatedReward",
     "JudgeReport",
     "Judgement",
+    "Limits",
+    "Outcome",
+    "ProgramReward",
     "Reward",
     "Scene",
     "Score",
     "at_last_step",
     "judge",
     "reward_from",
+    "run_limited",
+    "run_python",
 ]

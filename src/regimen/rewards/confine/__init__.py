@@ -8,6 +8,6 @@ user namespaces ask for, and starts in milliseconds; nothing here runs in, or fo
         init        process 1 of the pid namespace: when it ends, the kernel ends all that is in there
           program   no privileges, no sockets, resource limits; sees the system read-only, and one scratch folder
 
-Where namespaces are not allowed, the program is the keeper's child: limits, the ban on sockets and the watch hold,
-and files are as open to it as to the user who trains.
+Where namespaces are not allowed, the program is the keeper's child: limits, the ban on sockets and the watch hold, it
+cannot signal its keeper, and files are as open to it as to the user who trains.
 """

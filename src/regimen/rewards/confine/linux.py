@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 import sys
+from collections.abc import Sequence
 
 if sys.platform != "linux":
     raise ImportError("confining programs needs Linux")
@@ -16,9 +18,22 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 
-# Numbers of pivot_root, socket and io_uring_setup, and the audit architecture, by machine.
-MACHINES = {"x86_64": (155, 41, 425, 0xC000003E), "aarch64": (41, 198, 425, 0xC00000B7)}
-_MOUNT_SETATTR, _AT_RECURSIVE, _AT_FDCWD = 442, 0x8000, -100
+# The audit architecture and the numbers of system calls, by machine; numbers above 400 are the same everywhere.
+MACHINES = {
+    "x86_64": {
+        "architecture": 0xC000003E, "pivot_root": 155, "socket": 41, "unshare": 272, "clone": 56, "memfd_create": 319,
+        "shmget": 29, "msgget": 68, "kill": 62, "tkill": 200, "tgkill": 234,
+    },
+    "aarch64": {
+        "architecture": 0xC00000B7, "pivot_root": 41, "socket": 198, "unshare": 97, "clone": 220, "memfd_create": 279,
+        "shmget": 194, "msgget": 186, "kill": 129, "tkill": 130, "tgkill": 131,
+    },
+}  # fmt: skip
+_PIDFD_SEND_SIGNAL, _IO_URING_SETUP, _CLONE3, _MOUNT_SETATTR, _MEMFD_SECRET = 424, 425, 435, 442, 447
+_AT_RECURSIVE, _AT_FDCWD = 0x8000, -100
+_NEW_NAMESPACES = CLONE_NEWNS | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _GIVE = 0x20, 0x15, 0x35, 0x45, 0x06
+_KILL, _ERROR, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -66,33 +81,63 @@ def make_read_only(path: str) -> None:
 
 def pivot_root() -> None:
     """Make the working directory the root of this mount namespace, and let go of the old root."""
-    number = MACHINES[os.uname().machine][0]
+    number = MACHINES[os.uname().machine]["pivot_root"]
     _checked("pivot_root", _LIBC.syscall(number, b".", b"."))
     unmount(".", MNT_DETACH)
 
 
-def forbid_sockets() -> None:
-    """Let every later attempt of this process and its children to make a socket fail.
+def forbid_calls(shielded: Sequence[int] = ()) -> None:
+    """Let system calls by which a program could leave its limits fail from now on, for its children too.
 
-    Sockets are forbidden even in an empty network namespace, because not every family of them (vsock) heeds it.
-    `socketpair` remains. io_uring, which makes sockets without the system call, is forbidden too.
+    - Sockets, even in an empty network namespace, because not every family of them (vsock) heeds it. `socketpair`
+      remains. io_uring makes sockets without the system call.
+    - Namespaces of its own, in which it could mount memory as a disk without limit.
+    - Memory that belongs to no process and is therefore not counted: memory files, System V segments and queues.
+
+    Args:
+        shielded: processes that get no signals from it; if there are any, no process group gets one either, and
+            `kill(-1)`, which reaches everything that the user runs, fails.
     """
-    _, socket, io_uring, architecture = MACHINES[os.uname().machine]
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
-    kill, deny, allow = 0x80000000, 0x00050000 | 1, 0x7FFF0000
-    # (code, jump if true, jump if false, operand); offset 4 is the architecture, 0 the number of the call.
+    machine = MACHINES[os.uname().machine]
+    denied = [machine[name] for name in ("socket", "unshare", "memfd_create", "shmget", "msgget")]
+    rules = [_denied(number) for number in (*denied, _IO_URING_SETUP, _MEMFD_SECRET)]
+    rules.append(_denied(machine["clone"], [(_ANY_BIT, _NEW_NAMESPACES)]))
+    # Its flags are out of a filter's sight; the C library then falls back on `clone`.
+    rules.append(_denied(_CLONE3, error=errno.ENOSYS))
+    if shielded:
+        victims = [*((_EQUAL, process) for process in shielded), (_AT_LEAST, 0x80000000)]
+        rules += [_denied(machine[name], victims) for name in ("kill", "tkill", "tgkill")]
+        rules.append(_denied(_PIDFD_SEND_SIGNAL))
+    # In the kernel's record of a call, offset 4 is the architecture, 0 the number, 16 the first argument's low half.
     program = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, architecture),
-        (give, 0, 0, kill),
-        (load, 0, 0, 0),
+        (_LOAD, 0, 0, 4),
+        (_EQUAL, 1, 0, machine["architecture"]),
+        (_GIVE, 0, 0, _KILL),
+        (_LOAD, 0, 0, 0),
         # The x32 calls of x86_64 have numbers of their own.
-        (at_least, 2, 0, 0x40000000),
-        (equal, 1, 0, socket),
-        (equal, 0, 1, io_uring),
-        (give, 0, 0, deny),
-        (give, 0, 0, allow),
+        (_AT_LEAST, 0, 1, 0x40000000),
+        (_GIVE, 0, 0, _ERROR | errno.ENOSYS),
+        *(line for rule in rules for line in rule),
+        (_GIVE, 0, 0, _ALLOW),
     ]
+    _install(program)
+
+
+_Line = tuple[int, int, int, int]
+
+
+def _denied(number: int, tests: Sequence[tuple[int, int]] = (), error: int = errno.EPERM) -> list[_Line]:
+    """A filter's lines that let a call fail if its first argument passes any test, or always if there is none."""
+    deny = (_GIVE, 0, 0, _ERROR | error)
+    if not tests:
+        return [(_EQUAL, 0, 1, number), deny]
+    tried = [line for test, operand in tests for line in ((test, 0, 1, operand), deny)]
+    body = [(_LOAD, 0, 0, 16), *tried, (_GIVE, 0, 0, _ALLOW)]
+    return [(_EQUAL, 0, len(body), number), *body]
+
+
+def _install(program: Sequence[_Line]) -> None:
+    """Load a filter, lines of (code, jump if true, jump if false, operand)."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
     mode_filter = ctypes.c_ulong(2)
