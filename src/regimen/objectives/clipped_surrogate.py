@@ -51,8 +51,8 @@ class ClippedSurrogateObjective(Objective):
 
     Attributes:
         clip, clip_high: see `clipped_surrogate`.
-        aggregate: how steps are weighted, see `aggregate_weights`: `"sequence"` is GRPO's, `"token"` with a
-            constant number of steps is PPO's mean over all steps.
+        aggregate, horizon: how steps are weighted, see `aggregate_weights`: `"sequence"` is GRPO's, `"token"` is
+            DAPO's and PPO's mean over all steps, `"constant"` Dr. GRPO's.
         member: the member that is trained.
     """
 

@@ -17,14 +17,16 @@ class EntropyBonus(Objective):
 
     Attributes:
         member: the policy.
-        aggregate: how steps are weighted, see `aggregate_weights`.
+        aggregate, horizon: how steps are weighted, see `aggregate_weights`.
     """
 
     member: str = "policy"
     aggregate: Aggregate = "token"
+    horizon: int | None = None
     name: str = "entropy"
 
     def loss(self, batch: Batch) -> Tensor:
         """Weighted sum of the entropy per step."""
         entropy = batch.distribution(self.member).entropy()
-        return torch.where(batch.rollout.loss_mask, entropy * batch.weights(self.aggregate), 0).sum()
+        weights = batch.weights(self.aggregate, self.horizon)
+        return torch.where(batch.rollout.loss_mask, entropy * weights, 0).sum()

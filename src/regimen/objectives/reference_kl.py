@@ -21,14 +21,30 @@ class ReferenceKL(Objective):
         estimator: `"k1"`, `"k2"`, `"k3"` estimate it from log-probabilities (any policy, see `kl_estimate`);
             every other name is an analytic form that the policy's own step distribution knows (`"exact"`; a
             flow policy also knows `"flow_grpo"`).
+        aggregate, horizon: how steps are weighted, see `aggregate_weights`.
+        importance_weighted: multiply each step's estimate by the ratio of the policy to the one that sampled. The
+            gradient of k1 and k3 is then that of the KL, on any policy's samples (DeepSeek-AI 2025, "DeepSeek-V3.2",
+            section 3.1); that of plain k3, which is GRPO's, is another even on the policy's own.
         member, reference: names in the cast.
+
+    Raises:
+        ValueError: `importance_weighted` with an analytic form, which needs no weights.
     """
 
     estimator: str = "k3"
     aggregate: Aggregate = "sequence"
+    horizon: int | None = None
+    importance_weighted: bool = False
     member: str = "policy"
     reference: str = "reference"
     name: str = "kl"
+
+    def __post_init__(self) -> None:
+        if self.importance_weighted and self.estimator not in get_args(KLEstimator):
+            raise ValueError(
+                f"ReferenceKL: '{self.estimator}' is no estimate from samples, so there is nothing to weight; use "
+                f"{', '.join(get_args(KLEstimator))}, or importance_weighted=False"
+            )
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the weighted divergence per step."""
@@ -42,5 +58,13 @@ class ReferenceKL(Objective):
             per_step = kl_estimate(policy.logprob, reference.logprob.detach(), self.estimator)  # type: ignore[arg-type]
         else:
             per_step = policy.kl(reference, self.estimator)
-        loss = torch.where(batch.rollout.loss_mask, per_step * batch.weights(self.aggregate), 0).sum()
-        return loss, {}
+        if self.importance_weighted:
+            per_step = per_step * self._ratio(batch, policy.logprob)
+        weights = batch.weights(self.aggregate, self.horizon)
+        return torch.where(batch.rollout.loss_mask, per_step * weights, 0).sum(), {}
+
+    def _ratio(self, batch: Batch, logprob: Tensor) -> Tensor:
+        behaviour = batch.require(
+            "logprobs", "ReferenceKL(importance_weighted=True)", "sample with a stochastic policy"
+        )
+        return (logprob - torch.where(batch.rollout.loss_mask, behaviour, 0)).exp()

@@ -48,7 +48,7 @@ class ValueObjective(Objective):
         values: side column `[B, T]` of old values.
         reads: a policy of the cast; the critic is then given the hidden states `[B, T, D]` of its step distribution
             instead of the rollout (a `ValueHead`), at no further forward pass.
-        aggregate: how steps are weighted, see `aggregate_weights`.
+        aggregate, horizon: how steps are weighted, see `aggregate_weights`.
     """
 
     clip: float | None = None
@@ -57,6 +57,7 @@ class ValueObjective(Objective):
     values: str = "values"
     reads: str | None = None
     aggregate: Aggregate = "token"
+    horizon: int | None = None
     name: str = "value"
 
     def __post_init__(self) -> None:
@@ -78,7 +79,7 @@ class ValueObjective(Objective):
             "value_mean": masked_mean(values.detach(), mask),
             "explained_variance": _explained(values.detach(), target, mask),
         }
-        return (per_step * batch.weights(self.aggregate)).sum(), metrics
+        return (per_step * batch.weights(self.aggregate, self.horizon)).sum(), metrics
 
     def _ask(self, batch: Batch) -> Tensor:
         critic = batch.member(self.member)

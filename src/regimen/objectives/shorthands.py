@@ -1,0 +1,59 @@
+"""PPO's and GRPO's objectives by name: each a sum of parts that may be written out, and continued, by hand."""
+
+from __future__ import annotations
+
+from regimen.functions.aggregate import Aggregate
+from regimen.knobs import Knob
+from regimen.objectives.base import Objective
+from regimen.objectives.clipped_surrogate import ClippedSurrogateObjective
+from regimen.objectives.entropy import EntropyBonus
+from regimen.objectives.reference_kl import ReferenceKL
+from regimen.objectives.value import ValueObjective
+
+
+def grpo(
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    *,
+    kl_weight: float = 0.04,
+    aggregate: Aggregate = "sequence",
+    horizon: int | None = None,
+) -> Objective:
+    """GRPO's objective, `surrogate + kl_weight * kl` with both weighted alike (Shao et al. 2024, eq. 3 and 4).
+
+    For a stage with `GroupRelativeAdvantage()`, and with `rules=[ReferenceRefresh()]` unless `kl_weight` stays 0.
+    DAPO's is `grpo(0.2, 0.28, kl_weight=0, aggregate="token")`; Dr. GRPO's is `grpo(kl_weight=0,
+    aggregate="constant", horizon=...)` with `GroupRelativeAdvantage(std=None)`.
+
+    Args:
+        clip, clip_high: see `clipped_surrogate`.
+        kl_weight: default of the knob `kl_weight`.
+        aggregate, horizon: how steps are weighted, see `aggregate_weights`.
+    """
+    surrogate = ClippedSurrogateObjective(clip, clip_high, aggregate, horizon)
+    return surrogate + Knob("kl_weight", kl_weight, low=0.0) * ReferenceKL("k3", aggregate, horizon)
+
+
+def ppo(
+    clip: float = 0.2,
+    *,
+    value_weight: float = 0.5,
+    value_clip: float | None = None,
+    entropy_weight: float = 0.0,
+    reads: str | None = None,
+) -> Objective:
+    """PPO's objective, `surrogate + value_weight * value - entropy_weight * entropy` (Schulman et al. 2017, eq. 9).
+
+    For a stage with `GAE()`, and an update that trains the members `policy` and `critic`.
+
+    Args:
+        clip: see `clipped_surrogate`.
+        value_weight: default of the knob `value_weight`.
+        value_clip: see `value_loss`.
+        entropy_weight: default of the knob `entropy_weight`.
+        reads: `"policy"` if the critic is a head on the policy's hidden states, see `ValueObjective`; `GAE` is then
+            given the same.
+    """
+    surrogate = ClippedSurrogateObjective(clip, aggregate="token")
+    value = Knob("value_weight", value_weight, low=0.0) * ValueObjective(value_clip, reads=reads)
+    return surrogate + value - Knob("entropy_weight", entropy_weight, low=0.0) * EntropyBonus()
