@@ -23,6 +23,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache of trained starts."""
+    monkeypatch.setenv("REGIMEN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
@@ -35,7 +41,9 @@ def tiny_policy() -> Callable[..., FlowPolicy]:
     def build(seed: int = 0, **options: Any) -> FlowPolicy:
         torch.manual_seed(seed)
         denoiser = MLPDenoiser(SHAPE, 2, width=16, blocks=1)
+        # Both start at 0, where neither state, time nor condition has an effect.
         torch.nn.init.normal_(denoiser.out.weight, std=0.1)
+        torch.nn.init.normal_(denoiser.film.weight, std=0.5)
         return FlowPolicy(denoiser, SHAPE, **{"sampling_steps": 4, "evaluation_steps": 8, **options})
 
     return build

@@ -89,26 +89,24 @@ class ReplayMemory:
         Raises:
             ValueError: it is of other tasks than those kept, or has other fields.
         """
+        if len(rollout) > 0:
+            ring = self._ring = self._room_for(rollout)
+            kept = rollout[-self.capacity :].padded(ring.steps).data.detach()
+            slots = (self._count + len(rollout) - len(kept) + torch.arange(len(kept))) % self.capacity
+            ring.data[slots] = kept.to(ring.task.device)
+            self._count += len(rollout)
         self._newest.add(rollout)
-        if len(rollout) == 0:
-            return
-        ring = self._room_for(rollout)
-        kept = rollout[-self.capacity :].padded(ring.steps).data.detach()
-        slots = (self._count + len(rollout) - len(kept) + torch.arange(len(kept))) % self.capacity
-        ring.data[slots] = kept.to(ring.task.device)
-        self._count += len(rollout)
 
     def _room_for(self, rollout: Rollout) -> Rollout:
-        if self._ring is None:
-            self._ring = _ring_of(rollout, self.capacity)
-        if rollout.task_names != self._ring.task_names:
+        ring = _ring_of(rollout, self.capacity) if self._ring is None else self._ring
+        if rollout.task_names != ring.task_names:
             raise ValueError(
-                f"ReplayMemory holds tasks {self._ring.task_names} and was given {rollout.task_names}; keep one per "
-                "set of tasks"
+                f"ReplayMemory holds tasks {ring.task_names} and was given {rollout.task_names}; keep one per set of "
+                "tasks"
             )
-        self._ring = self._ring.padded(max(self._ring.steps, rollout.steps))
-        check_joinable(self._ring.data, rollout[:1].padded(self._ring.steps).data, "the memory and a new rollout")
-        return self._ring
+        ring = ring.padded(max(ring.steps, rollout.steps))
+        check_joinable(ring.data, rollout[:1].padded(ring.steps).data, "the memory and a new rollout")
+        return ring
 
     def newest(self) -> Rollout:
         """The rollout that came last."""
@@ -125,10 +123,15 @@ class ReplayMemory:
     def state_dict(self) -> dict[str, Any]:
         """The ring and how far it is filled."""
         ring = None if self._ring is None else self._ring[: len(self)].state_dict()
-        return {"ring": ring, "count": self._count}
+        return {"ring": ring, "count": self._count, "capacity": self.capacity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the ring."""
+        """Restore the ring; `ValueError` if it was of another capacity, where the oldest would be another."""
+        if state["capacity"] != self.capacity:
+            raise ValueError(
+                f"ReplayMemory: capacity is {self.capacity} and the checkpoint's {state['capacity']}; resume with the "
+                "capacity of the run that saved it"
+            )
         self._count, self._ring = int(state["count"]), None
         if state["ring"] is not None:
             rollout = Rollout.from_state_dict(state["ring"])

@@ -80,7 +80,7 @@ def _check_likelihood(policy: Policy, rollout: Rollout, findings: Findings) -> N
     findings.insist(
         shape == list(rollout.mask.shape), f"logprob has shape {shape}, expected {list(rollout.mask.shape)}"
     )
-    off = float(torch.where(rollout.mask, (logprob - rollout.logprobs).exp() - 1, 0).abs().max())
+    off = float(torch.where(rollout.mask, (logprob - rollout.logprobs).exp() - 1, 0).abs().max().detach())
     findings.need(
         off <= TOLERANCE,
         f"before any update the ratio to its own samples is off by {off:.2g}, expected at most {TOLERANCE:g}; score "
@@ -93,7 +93,7 @@ def _check_likelihood(policy: Policy, rollout: Rollout, findings: Findings) -> N
     _check_selection(policy, rollout, logprob, findings)
     entropy = findings.attempt("distribution(rollout).entropy()", distribution.entropy)
     findings.need(list(entropy.shape) == shape, f"entropy has shape {list(entropy.shape)}, expected {shape}")
-    divergence = findings.attempt("distribution(rollout).kl(itself)", lambda: distribution.kl(distribution))
+    divergence = findings.attempt("distribution(rollout).kl(itself)", lambda: distribution.kl(distribution)).detach()
     findings.need(
         list(divergence.shape) == shape and bool((divergence.abs() <= TOLERANCE).all()),
         f"its KL from itself is up to {float(divergence.abs().max()):.2g} (shape {list(divergence.shape)}), expected 0 "

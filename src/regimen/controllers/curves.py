@@ -85,7 +85,7 @@ class Steps:
         """The value at a step."""
         if self.n_drops == 0:
             return self.start
-        drops = min(int(step * (self.n_drops + 1) / self.total + 1e-9), self.n_drops)
+        drops = min(step * (self.n_drops + 1) // self.total, self.n_drops)
         if self.kind == "linear":
             return self.start + (self.end - self.start) * drops / self.n_drops
         return float(self.start * (self.end / self.start) ** (drops / self.n_drops))

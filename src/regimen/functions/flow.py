@@ -65,7 +65,8 @@ def flow_sde_coefficients(
         ValueError: a negative noise level, or times that do not decrease.
     """
     if bool((torch.as_tensor(noise_level) < 0).any()):
-        raise ValueError(f"flow_sde_coefficients: noise_level is {noise_level}, expected >= 0")
+        lowest = float(torch.as_tensor(noise_level).min())
+        raise ValueError(f"flow_sde_coefficients: noise_level is {lowest:g}, expected >= 0")
     if bool((sigma_next >= sigma).any()):
         raise ValueError("flow_sde_coefficients: sigmas must decrease from step to step")
     one_minus = 1 - torch.where(sigma >= 1, torch.as_tensor(sigma_1, dtype=sigma.dtype), sigma)

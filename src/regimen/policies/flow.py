@@ -55,7 +55,7 @@ class GaussianSteps:
 
     def entropy(self) -> Tensor:
         """`[B, T]`; it depends on the sampler alone, so it has no gradient."""
-        dimensions = self.mean[0].numel() if self.reduce == "sum" else 1
+        dimensions = self.mean.shape[1:].numel() if self.reduce == "sum" else 1
         nats = 0.5 * torch.log(2 * torch.pi * torch.e * self.std.square())
         return self._spread(dimensions * nats)
 
@@ -155,7 +155,10 @@ class FlowPolicy(nn.Module):
         """One sample per context; behaviour log-probabilities only where `noise_level` is above 0."""
         batch, steps, level = len(contexts), int(knobs["sampling_steps"]), knobs["noise_level"]
         sigmas = shifted_sigmas(steps, self.shift)
-        keep, drift, std = (c.tolist() for c in flow_sde_coefficients(sigmas[:-1], sigmas[1:], level, float(sigmas[1])))
+        # In single precision, as the rollout records it, so that scoring repeats these coefficients to the bit.
+        recorded = torch.tensor(level, dtype=sigmas.dtype)
+        coefficients = flow_sde_coefficients(sigmas[:-1], sigmas[1:], recorded, float(sigmas[1]))
+        keep, drift, std = (c.tolist() for c in coefficients)
         states = torch.empty(batch, steps + 1, *self.shape, device=self.device)
         means = torch.empty(batch, steps, *self.shape, device=self.device) if level > 0 else None
         x = torch.randn(batch, *self.shape, generator=rng, device=self.device)
