@@ -2,6 +2,20 @@
 
 from regimen.tasks.base import Evaluation, Task
 from regimen.tasks.dataset import DatasetTask
+from regimen.tasks.dialogue import DialogueTask
+from regimen.tasks.partners import DialogueEnv, OneByOne, Partner, Reply, Tool, WithTools
 from regimen.tasks.prompts import PromptTask
 
-__all__ = ["DatasetTask", "Evaluation", "PromptTask", "Task"]
+__all__ = [
+    "DatasetTask",
+    "DialogueEnv",
+    "DialogueTask",
+    "Evaluation",
+    "OneByOne",
+    "Partner",
+    "PromptTask",
+    "Reply",
+    "Task",
+    "Tool",
+    "WithTools",
+]
