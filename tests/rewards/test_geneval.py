@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -184,18 +183,6 @@ def test_reward_is_the_share_and_does_not_apply_without_requirements() -> None:
     assert ((graded > 0) & (graded < 1)).any()
     assert set(strict.tolist()) <= {0.0, 1.0}
     assert (strict <= graded).all()
-
-
-def test_reward_is_fast() -> None:
-    rows = sample_captions(256, torch.Generator().manual_seed(0))
-    reward = GenEvalReward(CellDetector().requires_grad_(False).detect)
-    rollout, took = rollout_of(draw_scenes(rows["target"]), rows["requirements"]), []
-    for _ in range(5):
-        started = time.perf_counter()
-        reward.score(rollout, Scene())
-        took.append(time.perf_counter() - started)
-    # 8 ms on a quiet core; the bound leaves room for a busy one, and none for a loop over samples.
-    assert min(took) < 0.05
 
 
 def yolos() -> torch.nn.Module:

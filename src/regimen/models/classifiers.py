@@ -21,6 +21,9 @@ class ImageClassifier:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Class probabilities `[B, K]`; `ValueError` if the estimator has none (use `predict`)."""
+        if not hasattr(self.estimator, "predict_proba"):
+            kind = type(self.estimator).__name__
+            raise ValueError(f"ImageClassifier: {kind} gives no probabilities; use predict, or another estimator")
         probabilities = self.estimator.predict_proba(images.flatten(1).cpu().numpy())
         return torch.from_numpy(probabilities).to(images.device, torch.float32)
 

@@ -104,10 +104,21 @@ class DetectorFromTransformers:
 
     @classmethod
     def from_pretrained(cls, path: str, **options: Any) -> Self:
-        """A detector with classes of its own, from a folder or hub name; `options` are this class's."""
+        """A detector with classes of its own, from a folder or hub name; `options` are this class's.
+
+        Raises:
+            ImportError: the model needs a package that is not installed (DETR's backbones: timm).
+        """
         from transformers import AutoModelForObjectDetection
 
-        return cls(AutoModelForObjectDetection.from_pretrained(path), **options)
+        try:
+            model = AutoModelForObjectDetection.from_pretrained(path)
+        except ImportError as error:
+            why = " ".join(str(error).split())
+            raise ImportError(
+                f"DetectorFromTransformers: {path} needs more: pip install 'regimen-rl[judges]' ({why})"
+            ) from error
+        return cls(model, **options)
 
     @property
     def labels(self) -> list[str]:

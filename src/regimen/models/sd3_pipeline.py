@@ -75,7 +75,10 @@ class FrozenPipeline:
             from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
         except ImportError as error:
             raise ImportError("StableDiffusionWorld needs diffusers: pip install 'regimen-rl[diffusers]'") from error
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, transformer=None, torch_dtype=dtype)
+        # diffusers loads a pipeline that was saved without some parts only if it is told that they are absent.
+        listed = StableDiffusion3Pipeline.load_config(path)
+        absent = {name: None for name, part in listed.items() if isinstance(part, list) and part[0] is None}
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=dtype, **(absent | {"transformer": None}))
         config = SD3Transformer2DModel.load_config(path, subfolder="transformer")
         sizes = config["pooled_projection_dim"], config["joint_attention_dim"]
         return cls(pipeline, texts, paths, resolution, *sizes)
@@ -177,21 +180,27 @@ class SD3Conditioner(nn.Module):
 
 
 def save_only_trained(module: Module) -> Module:
-    """Leave weights that are frozen now out of the module's saved state, which then holds adapters alone.
+    """Leave weights that are frozen now, and the buffers beside and below them, out of the module's saved state.
 
-    Loading such a state leaves the frozen weights as they are. Returns the module.
+    The state then holds adapters alone. Loading it leaves the rest as it is. Returns the module.
     """
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    owners = {name: name[: name.rfind(".") + 1] for name, _ in module.named_buffers()}
+    kept = {*trained, *(name for name, owner in owners.items() if any(t.startswith(owner) for t in trained))}
+    there = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    frozen = (there & module.state_dict().keys()) - kept
 
     def drop(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
         for name in frozen:
             state.pop(prefix + name, None)
 
-    def excuse(_: nn.Module, incompatible: Any) -> None:
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]
+    def keep(loading: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        present = {**dict(loading.named_parameters()), **dict(loading.named_buffers())}
+        for name in frozen:
+            state.setdefault(prefix + name, present[name].detach())
 
     module.register_state_dict_post_hook(drop)
-    module.register_load_state_dict_post_hook(excuse)
+    module.register_load_state_dict_pre_hook(keep)
     return module
 
 

@@ -14,11 +14,15 @@ from regimen.rewards.base import (
     at_last_step,
     reward_from,
 )
+from regimen.rewards.counts import CountBonus, row_key, value_variance
+from regimen.rewards.distillation import NovelDBonus, RandomDistillationBonus
+from regimen.rewards.elliptical import EllipticalBonus, elliptical_step
 from regimen.rewards.endpoint import EndpointReward
 from regimen.rewards.environment import EnvironmentReward
 from regimen.rewards.images import ClassifierReward, EditReward
 from regimen.rewards.isolated import IsolatedReward
 from regimen.rewards.judge import JudgeReport, judge
+from regimen.rewards.normalized import NormalizedReward
 from regimen.rewards.programs import ProgramReward
 from regimen.rewards.sandbox import Limits, Outcome, run_limited, run_python
 
@@ -27,7 +31,9 @@ __all__ = [
     "NOT_APPLICABLE",
     "SCORED",
     "ClassifierReward",
+    "CountBonus",
     "EditReward",
+    "EllipticalBonus",
     "EndpointReward",
     "EnvironmentReward",
     "Expression",
@@ -37,14 +43,20 @@ __all__ = [
     "JudgeReport",
     "Judgement",
     "Limits",
+    "NormalizedReward",
+    "NovelDBonus",
     "Outcome",
     "ProgramReward",
+    "RandomDistillationBonus",
     "Reward",
     "Scene",
     "Score",
     "at_last_step",
+    "elliptical_step",
     "judge",
     "reward_from",
+    "row_key",
     "run_limited",
     "run_python",
+    "value_variance",
 ]

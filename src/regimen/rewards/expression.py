@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,6 +95,23 @@ class Scene:
         return found
 
 
+class Remembering(Protocol):
+    """A part of a reward that may have a state."""
+
+    @property
+    def name(self) -> str:
+        """Unique within the reward."""
+        ...
+
+    def save_state(self) -> dict[str, Any]:
+        """State for a checkpoint; empty for most."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `save_state` gave."""
+        ...
+
+
 class Expression(ABC):
     """A reward or a composition of rewards; `+`, `-`, `*`, `when`, `on` and `logged` compose."""
 
@@ -105,6 +122,10 @@ class Expression(ABC):
     @abstractmethod
     def leaves(self) -> Iterator[Reward]:
         """The components, in order, each once."""
+
+    def remembering(self) -> Iterator[Remembering]:
+        """The parts that may have a state, each once: the components, and what is made of them and remembers."""
+        yield from self.leaves()
 
     @property
     @abstractmethod
@@ -158,14 +179,14 @@ class Expression(ABC):
         return LoggedReward(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of every component that has any."""
-        return {leaf.name: state for leaf in self.leaves() if (state := leaf.save_state())}
+        """State of every part that has any."""
+        return {part.name: state for part in self.remembering() if (state := part.save_state())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        for leaf in self.leaves():
-            if leaf.name in state:
-                leaf.load_state(state[leaf.name])
+        for part in self.remembering():
+            if part.name in state:
+                part.load_state(state[part.name])
 
 
 class Composition(Expression):
@@ -173,13 +194,18 @@ class Composition(Expression):
 
     def __init__(self, *parts: Expression) -> None:
         self.parts = parts
-        names = [leaf.name for leaf in self.leaves()]
+        names = [part.name for part in self.remembering()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two components of one reward are called {', '.join(twice)}; give one another name")
 
     def leaves(self) -> Iterator[Reward]:
         """The components of all parts."""
         seen: dict[int, Reward] = {id(leaf): leaf for part in self.parts for leaf in part.leaves()}
+        yield from seen.values()
+
+    def remembering(self) -> Iterator[Remembering]:
+        """Those of all parts."""
+        seen: dict[int, Remembering] = {id(kept): kept for part in self.parts for kept in part.remembering()}
         yield from seen.values()
 
     @property

@@ -41,11 +41,23 @@ def judge(reward: Expression, rollout: Rollout, scene: Scene) -> tuple[Rollout, 
     judged = rollout.replace(rewards=rewards, status=status)
     failed = 0
     if answer.total is not None:
-        value = torch.where(answer.total.scored, answer.total.value, 0)
-        scored = answer.total.status == SCORED
+        total = _finite(answer.total, rollout)
+        value = torch.where(total.scored, total.value, 0)
+        scored = total.status == SCORED
         judged = judged.replace(reward=value, loss_mask=rollout.loss_mask & scored[:, None])
-        failed = int((answer.total.status == FAILED).sum())
+        failed, errors = int((total.status == FAILED).sum()), (*errors, *total.errors)
     return judged, JudgeReport(_counts(judged), failed, errors[:5])
+
+
+def _finite(total: Score, rollout: Rollout) -> Score:
+    """The total with the samples failed whose components are finite and together are not."""
+    value = total.value if total.value.ndim == 1 else torch.where(rollout.mask, total.value, 0).sum(1)
+    bad = ~value.isfinite() & (total.status == SCORED)
+    if not bool(bad.any()):
+        return Score(total.value, total.status)
+    first = int(bad.nonzero()[0])
+    why = f"the total of sample {first} is {float(value[first])}: its components are finite, together they are not"
+    return Score(total.value, torch.where(bad, FAILED, total.status).to(torch.uint8), (why,))
 
 
 def _raw(score: Score) -> Tensor:

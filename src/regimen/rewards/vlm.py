@@ -145,11 +145,20 @@ class VLMEditReward(SumReward):
     def from_pretrained(
         cls, path: str, source: Images, instruction: Callable[[Rollout], Sequence[str]], **options: Any
     ) -> Self:
-        """Load model and processor from a folder or hub name; `options` go to the model's `from_pretrained`."""
+        """Load model and processor from a folder or hub name; `options` go to the model's `from_pretrained`.
+
+        Raises:
+            ImportError: the model or its processor needs a package that is not installed (Qwen's: torchvision).
+        """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = AutoModelForImageTextToText.from_pretrained(path, **options)
-        return cls(model, AutoProcessor.from_pretrained(path), source, instruction)
+        try:
+            processor = AutoProcessor.from_pretrained(path)
+            model = AutoModelForImageTextToText.from_pretrained(path, **options)
+        except ImportError as error:
+            why = " ".join(str(error).split())
+            raise ImportError(f"VLMEditReward: {path} needs more: pip install 'regimen-rl[judges]' ({why})") from error
+        return cls(model, processor, source, instruction)
 
 
 def _result(rollout: Rollout) -> Tensor:

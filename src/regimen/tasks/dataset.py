@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from regimen.knobs import Knob
 from regimen.rollout import STEP_FIELDS, Rollout
 from regimen.tasks.base import Evaluation
-from regimen.tasks.rows import Order, RowReader
+from regimen.tasks.rows import Order, RowReader, check_finite
 
 Transform = Callable[[TensorDict, torch.Generator], TensorDict]
 
@@ -41,7 +41,7 @@ class DatasetTask:
         Raises:
             ValueError: there are no rows, or a floating-point column holds NaN or infinity.
         """
-        _check_finite(name, rows)
+        check_finite(rows, f"task '{name}'")
         self.name, self.rows, self.transform = name, rows, transform
         self._reader = RowReader(len(rows), order, name)
 
@@ -78,15 +78,3 @@ class DatasetTask:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
         self._reader.load_state_dict(state)
-
-
-def _check_finite(name: str, rows: TensorDict) -> None:
-    for key, value in rows.items(include_nested=True, leaves_only=True):
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or bool(value.isfinite().all()):
-            continue
-        bad = (~value.isfinite()).view(len(value), -1).any(1).nonzero().flatten().tolist()
-        label = "/".join(key) if isinstance(key, tuple) else key
-        raise ValueError(
-            f"task '{name}': column '{label}' holds values that are not finite in {len(bad)} rows ({bad[:5]}"
-            f"{' ...' if len(bad) > 5 else ''}); drop or repair those rows before training"
-        )

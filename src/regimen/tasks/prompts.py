@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from regimen.knobs import Knob
 from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
-from regimen.tasks.rows import Order, RowReader
+from regimen.tasks.rows import Order, RowReader, check_finite
 
 Evaluator = Callable[[Any, Mapping[str, float], torch.Generator], Evaluation]
 
@@ -45,10 +45,11 @@ class PromptTask:
             evaluated: the member that is evaluated (an averaged copy, say); `member` by default.
 
         Raises:
-            ValueError: no rows, or a group size below 1.
+            ValueError: no rows, a group size below 1, or a floating-point column that holds NaN or infinity.
         """
         if group_size < 1:
             raise ValueError(f"task '{name}': group_size is {group_size}, expected at least 1")
+        check_finite(rows, f"task '{name}'")
         self.name, self.rows, self.group_size = name, rows, group_size
         self.member, self.evaluated = member, evaluated or member
         self._evaluate = evaluate

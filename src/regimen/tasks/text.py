@@ -7,6 +7,7 @@ import json
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,20 @@ from regimen.policies.base import Policy
 from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
 from regimen.tasks.prompts import Evaluator, PromptTask
-from regimen.tasks.rows import Order
+from regimen.tasks.rows import Order, check_finite
 
 Row = Mapping[str, Any]
 Template = str | Callable[[Row, Mapping[str, float]], str]
 ROW_KEY = "row_key"
+# In this order: a truth value is an int too, and an int is a float too.
+_KINDS: dict[str, Any] = {
+    "bool": bool,
+    "int": Integral,
+    "float": Real,
+    "Tensor": Tensor,
+    "str": str,
+    "list": (list, tuple, dict),
+}
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -108,11 +118,12 @@ def text_table(rows: Sequence[Row], fields: Sequence[str] | None = None, owner: 
         owner: who asks, for errors.
 
     Raises:
-        ValueError: no rows, or a field that is missing, null, or of different kinds in different rows.
+        ValueError: no rows, or a field that is missing, null, NaN, too large for int64, or of different kinds in
+            different rows.
     """
     if not rows:
         raise ValueError(f"{owner} was given no rows; expected at least one")
-    names = list(rows[0]) if fields is None else list(fields)
+    names = list(dict.fromkeys(name for row in rows for name in row)) if fields is None else list(fields)
     table = TensorDict({}, batch_size=[len(rows)])
     for name in names:
         for number, row in enumerate(rows):
@@ -124,45 +135,64 @@ def text_table(rows: Sequence[Row], fields: Sequence[str] | None = None, owner: 
                 )
         table.set(name, _column([row[name] for row in rows], name, owner))
     table.set(ROW_KEY, torch.tensor([row_key({name: row[name] for name in names}) for row in rows]))
+    check_finite(table, owner)
     return table
 
 
 def _column(values: list[Any], name: str, owner: str) -> Any:
-    for kinds, build in (
-        (bool, torch.tensor),
-        (int, torch.tensor),
-        (int | float, lambda v: torch.tensor(v, dtype=torch.float64)),
-        (Tensor, torch.stack),
-        (str, lambda v: NonTensorStack(*v)),
-        (list | tuple | dict, lambda v: NonTensorStack(*(json.dumps(x, ensure_ascii=False) for x in v))),
-    ):
-        if all(isinstance(value, kinds) for value in values):
-            return build(values)
-    found = sorted({type(value).__name__ for value in values})
-    raise ValueError(f"{owner}: field '{name}' holds values of kinds {', '.join(found)}; expected one kind in all rows")
+    kinds = {_kind(value) for value in values}
+    if len(kinds) > 1 and kinds != {"int", "float"}:
+        found = ", ".join(sorted(kinds))
+        raise ValueError(f"{owner}: field '{name}' holds values of kinds {found}; expected one kind in all rows")
+    if kinds == {"str"}:
+        return NonTensorStack(*values)
+    if kinds == {"list"}:
+        return NonTensorStack(*(json.dumps(value, ensure_ascii=False) for value in values))
+    try:
+        if kinds == {"Tensor"}:
+            return torch.stack(values)
+        dtype = torch.float64 if "float" in kinds else torch.int64 if "int" in kinds else None
+        return torch.tensor(values, dtype=dtype)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{owner}: field '{name}' does not fit a column ({error}); expected tensors of one shape, numbers within "
+            "int64 or float64, texts, lists or mappings"
+        ) from error
+
+
+def _kind(value: Any) -> str:
+    for name, types in _KINDS.items():
+        if isinstance(value, types):
+            return name
+    return type(value).__name__
 
 
 def render(template: Template, rows: TensorDict, knobs: Mapping[str, float]) -> list[str]:
     """A prompt for each row of a table, from its fields and the knobs in force.
 
     A format string names both in braces (`"{question} Use exactly {token_budget} tokens."`); whole numbers are
-    written without a decimal point. A function is given the fields of a row, and the knobs.
+    written without a decimal point. A function is given the fields of a row, and the knobs. Fields of several
+    numbers (images) are not for prompts.
     """
     values = {name: _whole(value) for name, value in knobs.items()}
-    fields = {name: value.tolist() for name, value in rows.items() if not isinstance(value, Tensor) or value.ndim == 1}
-    each = [{name: column[i] for name, column in fields.items()} for i in range(len(rows))]
+    fields = {name: rows.get(name).tolist() for name in readable_fields(rows)}
+    each = [{name: _whole(column[i]) for name, column in fields.items()} for i in range(len(rows))]
     if callable(template):
         return [template(row, values) for row in each]
     return [string.Formatter().vformat(template, (), {**values, **row}) for row in each]
 
 
-def _whole(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
+def readable_fields(rows: TensorDict) -> list[str]:
+    """The fields of a table that a template may read: texts, and one number per row."""
+    return [name for name, value in rows.items() if not isinstance(value, Tensor) or value.ndim == 1]
 
 
-def check_template(template: Template, fields: Sequence[str], knobs: Sequence[Knob], owner: str) -> None:
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_template(template: Template, fields: Sequence[str], declared: Sequence[str], owner: str) -> None:
     """Raise `ValueError` if a format string names what is neither a field nor a knob, or what is both."""
-    declared = [knob.name for knob in knobs]
     if both := sorted(set(fields) & set(declared)):
         raise ValueError(f"{owner}: '{both[0]}' is a field of the rows and a knob; rename the field")
     if callable(template):
@@ -179,6 +209,10 @@ def check_template(template: Template, fields: Sequence[str], knobs: Sequence[Kn
                 f"({', '.join(declared) or 'none'}); declare a knob with reads=[Knob('{name}', ...)], and write "
                 "literal braces twice"
             )
+
+
+def _named(table: TensorDict) -> list[str]:
+    return sorted(set(readable_fields(table)) - {ROW_KEY})
 
 
 def ask(
@@ -246,7 +280,7 @@ class TextPromptTask(PromptTask):
             ValueError: rows that do not fit a table, or a template that names what is not there.
         """
         table = text_table(rows, fields, f"task '{name}'")
-        check_template(template, sorted(set(table.keys()) - {ROW_KEY}), reads, f"task '{name}'")
+        check_template(template, _named(table), [knob.name for knob in reads], f"task '{name}'")
         super().__init__(
             name, table, group_size=group_size, evaluate=evaluate, order=order, member=member, evaluated=evaluated
         )
@@ -302,8 +336,15 @@ class TextEvaluator:
         self.shown, self.samples, self.batch_size = tuple(shown), samples, batch_size
 
     def __call__(self, policy: Policy, knobs: Mapping[str, float], rng: torch.Generator) -> Evaluation:
-        """The mean of every measure, and the first prompts with their answers."""
+        """The mean of every measure, and the first prompts with their answers.
+
+        Raises:
+            ValueError: the template names what is neither a field nor a knob in force.
+        """
         in_force = {**knobs, **self.knobs}
+        # Not all knobs in force are the template's: one that has the name of a field does no harm.
+        fields = _named(self.rows)
+        check_template(self.template, fields, [name for name in in_force if name not in fields], "TextEvaluator")
         totals, texts = dict.fromkeys(self.measures, 0.0), list[str]()
         for rows in self.rows.split(self.batch_size):
             rollout = ask(policy, self.template, rows, in_force, rng, self.shown)

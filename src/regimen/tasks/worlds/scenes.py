@@ -53,7 +53,8 @@ class ScenesWorld:
         judge: a small network fitted on noisy renderings; its `detect` is for `GenEvalReward`. Evaluation never
             uses it but to report what it thinks.
         pairs: what policies may be trained on, as many captions as edits; `held_out_captions`, `held_out_edits`:
-            what they are evaluated on.
+            what they are evaluated on. No held-out edit is among the pairs; of the captions there are so few that
+            most are.
     """
 
     def __init__(
@@ -87,7 +88,8 @@ class ScenesWorld:
         self.size, self.conditioner, self.evaluation_steps = size, conditioner, evaluation_steps
         rng = torch.Generator().manual_seed(seed)
         self.pairs: Any = torch.cat([sample_captions(rows // 2, rng), sample_edits(rows // 2, rng)])
-        self.held_out_captions, self.held_out_edits = sample_captions(held_out, rng), sample_edits(held_out, rng)
+        self.held_out_captions = sample_captions(held_out, rng)
+        self.held_out_edits = unseen_edits(held_out, self.pairs, rng)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.judge = CellDetector().fit(rng)
@@ -174,6 +176,19 @@ class ScenesWorld:
 
     def __repr__(self) -> str:
         return f"ScenesWorld({len(KINDS)} kinds, {len(COLOURS)} colours, {CELLS} cells, size={self.size!r})"
+
+
+def unseen_edits(count: int, seen: TensorDict, rng: torch.Generator) -> TensorDict:
+    """A table of `count` edits, as `sample_edits` draws them, of which none is a row of the table `seen`."""
+    rows, known = sample_edits(count, rng), _asked(seen)
+    while bool((again := (_asked(rows)[:, None] == known).all(2).any(1)).any()):
+        # The same rows of a fresh table, so that the operations keep their equal parts.
+        rows[again] = sample_edits(count, rng)[again]
+    return rows
+
+
+def _asked(rows: TensorDict) -> Tensor:
+    return torch.cat([rows["prompt_ids"], rows["source"]], 1)
 
 
 def contexts(rows: TensorDict) -> TensorDict:

@@ -8,7 +8,6 @@ Images are in [0, 1]. `diffusers` and `peft` are imported when a world is made.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
 from regimen.tasks.dataset import DatasetTask
 from regimen.tasks.prompts import PromptTask
+from regimen.tasks.text import read_json_lines
 
 Detector = Callable[[Tensor], Detections]
 
@@ -72,7 +72,7 @@ class StableDiffusionWorld:
             pairs: to train on with supervision: `{"image", "caption"}`, with `"source": image` for edits.
             evaluator: finds objects in images `[B, 3, H, W]`; it must not be the judge that trains.
             judge: the one that trains, of which the evaluation reports what it thinks.
-            labels: names of the detectors' classes; default the evaluator's `labels`, in GenEval's words.
+            labels: names of the detectors' classes; default their `labels`, in GenEval's words.
             resolution: side of the images.
             rank, alpha: of the adapters.
             guidance, sampling_steps, evaluation_steps: see `FlowPolicy`.
@@ -80,18 +80,18 @@ class StableDiffusionWorld:
 
         Raises:
             ImportError: diffusers is not installed.
-            ValueError: a file has too few lines, or lacks what it should have.
+            ValueError: a file has too few lines, or lacks what it should have; judge and evaluator have different
+                numbers for a class that is asked for.
         """
         self.model, self.dtype, self.lora = model, dtype, (rank, alpha)
         self.guidance, self.sampling_steps, self.evaluation_steps = guidance, sampling_steps, evaluation_steps
         self.evaluator, self.judge = evaluator, judge
         self.texts: list[str] = []
         self.paths: list[Path] = []
-        records = _lines(prompts, held_out + 1)
-        names = labels or [GENEVAL_NAMES.get(name, name) for name in getattr(evaluator, "labels", ())]
-        demands = requirements_from_metadata(records, names)
+        records = _lines(prompts, held_out, "prompt", "include")
+        demands = _demands(records, [labels] if labels else [_labels(d) for d in (evaluator, judge) if d is not None])
         captions = self._contexts([r["prompt"] for r in records], demands)
-        lines, folder = _lines(edits, held_out + 1), Path(edits).parent
+        lines, folder = _lines(edits, held_out, "source", "instruction"), Path(edits).parent
         changes = self._contexts(
             [r["instruction"] for r in lines],
             torch.zeros_like(demands[:1]).expand(len(lines), -1, -1),
@@ -196,7 +196,7 @@ class StableDiffusionWorld:
         return Evaluation(metrics, {"source_result_target": shown})
 
     def _pairs(self, path: Path, demands: Tensor) -> TensorDict:
-        lines = _lines(path, 1)
+        lines = _lines(path, 0, "image", "caption")
         context = self._contexts(
             [r["caption"] for r in lines],
             torch.zeros_like(demands).expand(len(lines), -1, -1),
@@ -228,9 +228,35 @@ class StableDiffusionWorld:
         return len(self.paths) - 1
 
 
-def _lines(path: str | Path, least: int) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file."""
-    records = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    if len(records) < least:
-        raise ValueError(f"{path} has {len(records)} lines, expected at least {least} (held_out={least - 1} and one)")
+def _lines(path: str | Path, held_out: int, *needed: str) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, which must be more than are held out, each with the fields needed."""
+    records = read_json_lines(path)
+    if len(records) <= held_out:
+        raise ValueError(
+            f"{path} has {len(records)} lines, of which held_out={held_out} are for evaluation and none would be left "
+            f"to train on; expected at least {held_out + 1}"
+        )
+    for number, record in enumerate(records):
+        if absent := [name for name in needed if not record.get(name)]:
+            raise ValueError(
+                f"{path}, record {number}: no '{absent[0]}'; it has {', '.join(record)}, expected {', '.join(needed)}"
+            )
     return records
+
+
+def _labels(detector: Detector) -> list[str]:
+    """A detector's classes as GenEval calls them."""
+    return [GENEVAL_NAMES.get(name, name) for name in getattr(detector, "labels", ())]
+
+
+def _demands(records: Sequence[Mapping[str, Any]], lists: Sequence[Sequence[str]]) -> Tensor:
+    """Requirements of GenEval's records, which must be the same numbers for every list of classes."""
+    tables = [requirements_from_metadata(records, names) for names in lists or [()]]
+    for other in tables[1:]:
+        rows = (other != tables[0]).flatten(1).any(1).nonzero()
+        if len(rows):
+            raise ValueError(
+                "StableDiffusionWorld: evaluator and judge have different numbers for a class that is asked for in "
+                f"prompt {int(rows[0])} ('{records[int(rows[0])]['prompt']}'); expected detectors of the same classes"
+            )
+    return tables[0]
