@@ -99,13 +99,15 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(uninterrupted: Path, 
     assert metrics(out) == metrics(uninterrupted)
 
 
-def test_terminated_run_saves_its_last_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice at the same time"])
+def test_terminated_run_saves_its_last_step(tmp_path: Path, times: int) -> None:
     out = tmp_path / "run"
     process = start(out, "new", pause=0.02)
     deadline = time.time() + 60
     while lines(out) < 8 and time.time() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(times):
+        process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode != 0
     steps = [record for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "step"]

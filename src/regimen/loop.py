@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import random
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -68,7 +70,7 @@ class Trainer:
         random.seed(seed)
         self.rng = torch.Generator(regimen.cast.device).manual_seed(seed)
         self.folder = None if out is None else RunFolder(out, configuration(regimen, seed), resume)
-        self._restored = self.folder.restore() if self.folder is not None and resume else None
+        self._restored = self.folder.restore(self._warn) if self.folder is not None and resume else None
 
     def run(self) -> Outcome:
         """All stages, from the checkpoint on if there was one."""
@@ -210,7 +212,7 @@ class Trainer:
             f"{self.counters.step}; the weights are those of before. "
             "Lower the learning rate or look for NaN in the data"
         )
-        state = self.folder.restore() if self.folder is not None and stage.on_nonfinite == "restore" else None
+        state = self.folder.restore(self._warn) if self.folder and stage.on_nonfinite == "restore" else None
         if state is None or state["stage"] is None:
             raise RunError(trouble)
         self.counters = Counters(**{**state["counters"], "skipped": self.counters.skipped})
@@ -220,17 +222,27 @@ class Trainer:
         self.rng.manual_seed(self.seed + 7919 * self.counters.skipped)
         self.listener(Event("warning", stage.name, self.counters.step, stage.steps, text=f"{trouble}; restored"))
 
+    def _warn(self, text: str) -> None:
+        """A warning about the run's folder: nothing else would tell it where the listener is not shown."""
+        warnings.warn(text, stacklevel=3)
+        self.listener(Event("warning", "resume", self.counters.step, self.counters.step, text=text))
+
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second at once."""
+        """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; a later one at once.
+
+        What comes within a second is the same request: a process group, its parent and a terminal may all pass it on.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        asked = math.inf
 
         def ask(number: int, _frame: FrameType | None) -> None:
-            if self._stop:
+            nonlocal asked
+            if time.monotonic() > asked + 1:
                 raise KeyboardInterrupt
-            self._stop = True
+            self._stop, asked = True, min(asked, time.monotonic())
 
         previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
