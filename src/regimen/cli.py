@@ -27,6 +27,13 @@ app = typer.Typer(
 USER_ERROR, INTERRUPTED = 2, 130
 
 
+def _folder(text: str) -> Path:
+    """The folder that a text names; the empty text of an unset shell variable would name the current one."""
+    if not text.strip() or not text.isprintable():
+        raise typer.BadParameter(f"'{_printable(text)}' is no name for a folder; expected printable characters")
+    return Path(text)
+
+
 def main() -> None:
     """The entry point of `regimen`."""
     app()
@@ -47,19 +54,21 @@ def papers(
             from regimen.lab.results import read_results
 
             record(read_results(update))
-    recorded = verdicts()
     rows = []
-    for slug in available():
-        known, entry = facts(slug), recorded.get(slug)
-        rows.append((slug, known["title"], known["arxiv"], known["verb"], known["policy"], _verdict(entry)))
+    with _clear_errors(ValueError, SyntaxError):  # A paper that is being written.
+        recorded = verdicts()
+        for slug in available():
+            known, entry = facts(slug), recorded.get(slug)
+            rows.append((slug, known["title"], known["arxiv"], known["verb"], known["policy"], _verdict(entry)))
     if markdown:
         typer.echo("| paper | | its idea is in | policy | verdict |\n|---|---|---|---|---|")
         for slug, title, arxiv, verb, policy, verdict in rows:
             typer.echo(f"| `{slug}` | [{title}](https://arxiv.org/abs/{arxiv}) | {verb} | {policy} | {verdict} |")
         return
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("paper", "title", "its idea is in", "policy", "verdict")
+    widest = max(len(row[0]) for row in rows)
+    table = Table(Column("paper", min_width=widest), "title", "its idea is in", "policy", "verdict")
     for slug, title, _, verb, policy, verdict in rows:
         table.add_row(f"[bold]{slug}[/bold]", title, verb, policy, verdict)
     _console().print(table)
@@ -81,7 +90,10 @@ def run(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the paper, or a knob.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/<paper>-<scale>")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write.", show_default="runs/<paper>-<scale>", metavar="DIR", parser=_folder),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue what is in the folder, to the same numbers.")
     ] = False,
@@ -116,15 +128,14 @@ def run(
             raise typer.Exit(INTERRUPTED) from None
         _show(results, plan.out)
     if results["failures"]:
-        failed = ", ".join(f"{failure['arm']} seed {failure['seed']}" for failure in results["failures"])
-        _say(
-            f"{len(results['failures'])} of the runs failed: {failed}; the others are reported. Try again with --resume"
-        )
+        _say(_failed(results))
         raise typer.Exit(1)
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="The folder of a 'regimen run'.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a 'regimen run'.", metavar="DIR", parser=_folder)],
+) -> None:
     """Make a run's report.html anew."""
     with _clear_errors():
         from regimen.lab.report import write_report
@@ -137,12 +148,9 @@ def check(file: Annotated[Path, typer.Argument(help="A Python file with parts of
     """Try the rewards, tasks, credits, objectives and controllers defined in a file, and explain what fails."""
     from rich.markup import escape
 
-    if not file.is_file():
-        _say(f"{file} is not a file; expected a Python file with parts to check")
-        raise typer.Exit(USER_ERROR)
-    with _clear_errors(SyntaxError, ImportError, UnicodeError):
-        from regimen.checkers import check_file
+    from regimen.checkers import FileError, check_file
 
+    with _clear_errors(FileError):
         results = check_file(file)
     console = _console()
     for result in results:
@@ -151,7 +159,7 @@ def check(file: Annotated[Path, typer.Argument(help="A Python file with parts of
         for message in result.messages:
             console.print(f"        {escape(message)}", highlight=False)
     failed = sum(not result.ok for result in results)
-    console.print(f"{len(results)} parts, {failed} with failures" if results else f"{file} defines no part to check")
+    console.print(f"{len(results)} parts, {failed} with failures")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -180,7 +188,7 @@ def _show(results: dict[str, Any], out: Path) -> None:
     colour = COLOURS[results["verdict"]]
     smoke = " (scale quick is a smoke test: too short to mean anything)" if results["scale"] == "quick" else ""
     console.print(f"\n{results['paper']['slug']}: [bold {colour}]{results['verdict']}[/bold {colour}]{smoke}")
-    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -193,6 +201,8 @@ def _clear_errors(*more: type[Exception]) -> Iterator[None]:
     expected: tuple[type[Exception], ...] = (ExperimentError, StorageError, UnknownPaper, OSError, *more)
     try:
         yield
+    except BrokenPipeError:  # Whoever reads our output has left; nothing is wrong.
+        raise
     except expected as error:
         _say(str(error))
         raise typer.Exit(USER_ERROR) from None
@@ -205,6 +215,16 @@ def _assignment(text: str) -> tuple[str, str]:
     if not sign or not name.strip():
         raise ExperimentError(f"--set {text}: expected name=value")
     return name.strip(), value
+
+
+def _failed(results: dict[str, Any]) -> str:
+    """A sentence about the runs without a result."""
+    failures, planned = results["failures"], len(results["arms"]) * len(results["seeds"])
+    first = failures[0]
+    return (
+        f"{len(failures)} of {planned} runs failed, the first of them {first['arm']} seed {first['seed']}: "
+        f"{first['reason']}; what is trained is kept, try the others again with --resume"
+    )
 
 
 def _continuation() -> str:
@@ -230,7 +250,12 @@ def _console() -> Console:
 
 def _say(text: str) -> None:
     """One line on standard error."""
-    typer.echo(f"regimen: {' '.join(text.split())}", err=True)
+    typer.echo(f"regimen: {_printable(' '.join(text.split()))}", err=True)
+
+
+def _printable(text: str) -> str:
+    """A text with escapes in the place of characters that would steer a terminal or that it cannot show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
@@ -65,9 +66,9 @@ class ProgressBar:
             self._bars.update(self._current, completed=event.step, shown=headline(event.metrics))
         elif event.kind == "evaluation":
             numbers = "  ".join(f"{name} {value:.3g}" for name, value in event.metrics.items())
-            self._console.print(f"[dim]{event.stage} {event.step}:[/dim] {numbers}", highlight=False)
+            self._console.print(f"[dim]{escape(event.stage)} {event.step}:[/dim] {escape(numbers)}", highlight=False)
         elif event.kind == "warning":
-            self._console.print(f"[yellow]warning[/yellow] ({event.stage} {event.step}): {event.text}")
+            self._console.print(f"[yellow]warning[/yellow] ({escape(event.stage)} {event.step}): {escape(event.text)}")
 
 
 def headline(metrics: Mapping[str, float]) -> str:

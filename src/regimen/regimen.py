@@ -154,6 +154,9 @@ class Regimen:
 
 
 def _unique(names: Sequence[str], what: str) -> None:
+    for name in names:
+        if not name or "/" in name or not name.isprintable():
+            raise ValueError(f"{what}: {name!r} names files and metrics; expected printable characters without '/'")
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         raise ValueError(f"{what}: {', '.join(twice)} occur twice; names must be unique")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regimen.storage import StorageError, load_tree, save_tree, write_text
+from regimen.storage import StorageError, load_tree, replacing, save_tree, write_text
 
 KEPT_CHECKPOINTS = 2
 
@@ -31,7 +33,7 @@ class RunFolder:
 
         Raises:
             RunError: it cannot be written, it already holds a run and `resume` is False, or it holds a run with
-                other settings.
+                other settings, or with settings that cannot be read.
         """
         self.path = Path(path)
         self._checkpoints = self.path / "checkpoints"
@@ -46,20 +48,23 @@ class RunFolder:
             raise RunError(f"{self.path} already holds a run; continue it with resume, or choose another folder")
         config = json.loads(json.dumps(config))
         if existing.exists() and resume:
-            _check_same_config(json.loads(existing.read_text()), config, self.path)
+            _check_same_config(existing, config)
         write_text(existing, json.dumps(config, indent=1))
         self._board: Any = None
 
-    def restore(self) -> Any | None:
-        """The newest readable checkpoint's state, with the metrics cut back to it; `None` if there is none."""
-        state = None
+    def restore(self, tell: Callable[[str], None] = warnings.warn) -> Any | None:
+        """The newest readable checkpoint's state, with the metrics cut back to it; `None` if there is none.
+
+        A checkpoint that cannot be read, or whose metrics are lost, is passed over; `tell` is given the reason.
+        """
+        written = self._metrics.stat().st_size if self._metrics.exists() else 0
+        state, size = None, 0
         for path in sorted(self._checkpoints.glob("*.safetensors"), reverse=True):
             try:
-                state = load_tree(path)
+                state, size = _read_checkpoint(path, written)
                 break
             except StorageError as error:
-                warnings.warn(f"{error}; falling back to the checkpoint before", stacklevel=2)
-        size = 0 if state is None else int(state["metrics_bytes"])
+                tell(f"{error}; falling back to the checkpoint before, or to the start if there is none")
         if self._metrics.exists():
             with self._metrics.open("r+b") as file:
                 file.truncate(size)
@@ -68,6 +73,9 @@ class RunFolder:
     def checkpoint(self, state: Mapping[str, Any], number: int) -> None:
         """Save a state under a growing number, and drop the older ones."""
         size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        if size:  # A checkpoint must not outlive the metrics that go with it, if the power fails.
+            with self._writing(), self._metrics.open("rb") as file:
+                os.fsync(file.fileno())
         save_tree(self._checkpoints / f"{number:08d}.safetensors", {**state, "metrics_bytes": size})
         for old in sorted(self._checkpoints.glob("*.safetensors"))[:-KEPT_CHECKPOINTS]:
             old.unlink(missing_ok=True)
@@ -77,12 +85,17 @@ class RunFolder:
         save_tree(self.path / f"cast-{label}.safetensors", state)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Append a record to `metrics.jsonl` and its numbers to TensorBoard."""
-        try:
+        """Append a record to `metrics.jsonl` and its numbers to TensorBoard.
+
+        Raises:
+            StorageError: either cannot be written.
+        """
+        with self._writing():
             with self._metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise StorageError(f"{self._metrics} cannot be written: {error}; free some room and resume") from error
+            self._draw(record, step)
+
+    def _draw(self, record: Mapping[str, Any], step: int) -> None:
         if self._board is None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -100,9 +113,26 @@ class RunFolder:
                 write_text(target.with_suffix(".txt"), "\n".join(content))
 
     def close(self) -> None:
-        """Flush what is buffered."""
-        if self._board is not None:
-            self._board.close()
+        """Flush what is buffered; `StorageError` if it cannot be written."""
+        with self._writing():
+            if self._board is not None:
+                self._board.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written: {error}; free some room and resume") from error
+
+
+def _read_checkpoint(path: Path, written: int) -> tuple[Any, int]:
+    """A checkpoint's state, and the bytes of metrics that go with it, of which `written` are there."""
+    state = load_tree(path)
+    size = int(state["metrics_bytes"])
+    if size > written:
+        raise StorageError(f"{path} goes with {size} bytes of metrics, and {written} are left")
+    return state, size
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -117,7 +147,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def save_image_sheet(path: Path, images: Tensor, columns: int = 16, scale: int = 6) -> None:
-    """A PNG with images `[N, C, H, W]` (C 1 or 3, values clipped to [-1, 1]) in rows of `columns`."""
+    """A PNG with images `[N, C, H, W]` (C 1 or 3, values clipped to [-1, 1]) in rows of `columns`.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     from PIL import Image
 
     shown = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).byte()
@@ -130,7 +164,8 @@ def save_image_sheet(path: Path, images: Tensor, columns: int = 16, scale: int =
     picture = Image.fromarray(pixels).resize(
         (pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST
     )
-    picture.save(path)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def describe(part: Any) -> Any:
@@ -162,10 +197,17 @@ def describe(part: Any) -> Any:
     }
 
 
-def _check_same_config(old: Any, new: Any, path: Path) -> None:
-    difference = _first_difference(old, new, "")
-    if difference:
-        raise RunError(f"{path} holds a run with other settings: {difference}; resume with the same settings")
+def _check_same_config(existing: Path, config: Any) -> None:
+    try:
+        old = json.loads(existing.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{existing} cannot be read ({error}), so the run cannot go on; choose another folder"
+        ) from error
+    if difference := _first_difference(old, config, ""):
+        raise RunError(
+            f"{existing.parent} holds a run with other settings: {difference}; resume with the same settings"
+        )
 
 
 def _first_difference(old: Any, new: Any, at: str) -> str:

@@ -66,9 +66,9 @@ def unpack_tree(data: bytes) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, all or nothing; `StorageError` if it cannot be written."""
+    """Write a text file in UTF-8, all or nothing; `StorageError` if it cannot be written."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

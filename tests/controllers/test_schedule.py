@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from regimen import Cast, Epochs, Event, Regimen, Stage, Update, train
-from regimen.checkers import check
+from regimen.checkers import assert_ok
 from regimen.controllers import Constant, Controller, Curve, Exponential, Linear, Schedule, Situation, Steps
 from regimen.credit import GroupRelativeAdvantage
 from regimen.objectives import ClippedSurrogateObjective
@@ -94,4 +94,4 @@ def test_value_outside_the_knobs_range_stops_the_run_and_names_both(tiny_policy:
 
 
 def test_passes_the_checker_for_controllers() -> None:
-    check(Schedule("noise_level", Linear(0.9, 0.3, 6)))
+    assert_ok(Schedule("noise_level", Linear(0.9, 0.3, 6)))

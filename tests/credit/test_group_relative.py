@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regimen.checkers import check
+from regimen.checkers import assert_ok
 from regimen.credit import GroupRelativeAdvantage
 from regimen.credit.group_relative import group_relative
 from regimen.rollout import Rollout
@@ -155,8 +155,8 @@ def test_only_differences_within_a_group_count(values: list[float], shift: float
 
 
 def test_passes_the_checker_for_credit() -> None:
-    check(GroupRelativeAdvantage())
-    check(GroupRelativeAdvantage(std="batch", ddof=0, clip=5.0))
+    assert_ok(GroupRelativeAdvantage())
+    assert_ok(GroupRelativeAdvantage(std="batch", ddof=0, clip=5.0))
 
 
 def test_bad_inputs_are_named(tiny_rollout: Build) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regimen.checkers import check
+from regimen.checkers import assert_ok
 from regimen.credit import GroupRelativeAdvantage
 from regimen.objectives import ClippedSurrogateObjective
 from regimen.objectives.base import Batch, Loss
@@ -190,7 +190,7 @@ def test_last_step_of_a_flow_policy_is_not_learned_from(sampled: Sampled) -> Non
 
 
 def test_passes_the_checker_for_objectives() -> None:
-    check(ClippedSurrogateObjective())
+    assert_ok(ClippedSurrogateObjective())
 
 
 def test_bad_inputs_are_named(sampled: Sampled) -> None:

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from regimen.checkers import check
+from regimen.checkers import assert_ok
 from regimen.objectives import FlowMatchingObjective
 from regimen.objectives.base import Batch
 from regimen.objectives.flow_matching import logit_normal
@@ -135,8 +135,9 @@ def test_condition_dropout_keeps_the_reference_image(tiny_policy: Callable[..., 
     assert set(seen[0]["condition"].tolist()) == {0, 2}
 
 
-def test_passes_the_checker_for_objectives() -> None:
-    check(FlowMatchingObjective())
+def test_passes_the_checker_for_objectives(tiny_policy: Callable[..., FlowPolicy]) -> None:
+    context = TensorDict({"condition": torch.arange(6) % 2}, batch_size=[6])
+    assert_ok(FlowMatchingObjective(), data(torch.zeros(6, 1, 2, 2), context=context), cast={"policy": tiny_policy()})
 
 
 def test_bad_inputs_are_named(tiny_policy: Callable[..., FlowPolicy]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regimen.checkers import check
+from regimen.checkers import assert_ok
 from regimen.functions import gaussian_kl
 from regimen.knobs import Knob, Knobs
 from regimen.objectives import ReferenceKL
@@ -173,7 +173,7 @@ def test_its_weight_is_a_knob(sampled: Sampled) -> None:
 
 
 def test_passes_the_checker_for_objectives() -> None:
-    check(ReferenceKL("k3"))
+    assert_ok(ReferenceKL("k3"))
 
 
 def test_bad_inputs_are_named(sampled: Sampled) -> None:

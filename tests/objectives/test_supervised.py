@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regimen.checkers import check
+from regimen.checkers import assert_ok
 from regimen.objectives import SFTObjective
 from regimen.objectives.base import Batch
 from regimen.policies import FlowPolicy
@@ -107,7 +107,7 @@ def test_serves_a_flow_policy_too(sampled: Callable[..., tuple[FlowPolicy, Rollo
 
 
 def test_passes_the_checker_for_objectives() -> None:
-    check(SFTObjective())
+    assert_ok(SFTObjective())
 
 
 def test_bad_inputs_are_named() -> None:

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from regimen.cast import Cast
-from regimen.checkers import check
+from regimen.checkers import assert_ok
 from regimen.functions import shifted_sigmas
 from regimen.knobs import Knobs
 from regimen.models import MLPDenoiser
@@ -453,7 +453,7 @@ def test_save_and_load(sampled: Sampled, tiny_policy: Callable[..., FlowPolicy],
 
 @pytest.mark.parametrize("options", [{}, {"guidance": 4.5, "logprob_reduce": "sum", "shift": 3.0}])
 def test_passes_the_checker_for_policies(tiny_policy: Callable[..., FlowPolicy], options: dict[str, Any]) -> None:
-    check(tiny_policy(**options))
+    assert_ok(tiny_policy(**options))
 
 
 def test_repr_tells_the_settings(tiny_policy: Callable[..., FlowPolicy]) -> None:

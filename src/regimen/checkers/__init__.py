@@ -5,8 +5,8 @@ checks every part that a file defines; `assert_ok` is for test-suites.
 """
 
 from regimen.checkers.dispatch import assert_ok, check
-from regimen.checkers.files import check_file
+from regimen.checkers.files import FileError, check_file
 from regimen.checkers.findings import CheckResult
 from regimen.checkers.stand_ins import StandInPolicy, stand_in_rollout
 
-__all__ = ["CheckResult", "StandInPolicy", "assert_ok", "check", "check_file", "stand_in_rollout"]
+__all__ = ["CheckResult", "FileError", "StandInPolicy", "assert_ok", "check", "check_file", "stand_in_rollout"]

@@ -6,15 +6,13 @@ import torch
 
 from regimen.checkers.findings import Findings, close, copied, declared_knobs, differing
 from regimen.checkers.setting import Setting
-from regimen.checkers.stand_ins import judged
 from regimen.credit.base import Credit
 from regimen.rollout import Rollout
 
 
 def check_credit(credit: Credit, setting: Setting, findings: Findings) -> None:
     """Advantages of the right shape, 0 where nothing is learned, from rewards that stay as they are."""
-    given = setting.given
-    rollout = judged(setting.rollout) if given is None or given.reward is None else given
+    rollout = setting.judged
     shown = copied(rollout)
     result = _apply(credit, shown, setting, findings)
     changed = differing(rollout, shown)
@@ -82,12 +80,14 @@ def _check_same_again(credit: Credit, rollout: Rollout, result: Rollout, setting
 
 def _check_special_cases(credit: Credit, rollout: Rollout, setting: Setting, findings: Findings) -> None:
     """Identical rewards, a reward per step, a sample that could not be judged."""
-    equal = rollout.replace(reward=torch.full_like(rollout.reward, 0.3))
-    flat = _apply(credit, equal, setting, findings)
-    findings.need(
-        flat.advantages is None or bool(flat.advantages[flat.loss_mask].isfinite().all()),
-        "identical rewards give advantages that are not finite; add a small number to the deviation",
-    )
+    if rollout.reward is None:
+        return
+    for value in (0.0, 0.3):  # The mean of equal numbers is rounded, and a deviation then not quite 0; that of 0 is.
+        flat = _apply(credit, rollout.replace(reward=torch.full_like(rollout.reward, value)), setting, findings)
+        findings.need(
+            flat.advantages is None or bool(flat.advantages[flat.loss_mask].isfinite().all()),
+            "identical rewards give advantages that are not finite; add a small number to the deviation",
+        )
     wide = rollout.reward if rollout.reward.ndim == 2 else rollout.reward[:, None] * rollout.mask
     per_step = _apply(credit, rollout.replace(reward=wide), setting, findings)
     if per_step.advantages is not None:

@@ -105,6 +105,8 @@ def check(
             interface.check(part, setting, findings)
     except Abandoned:
         pass
+    except Exception as error:  # Its knobs, its name, its state: a part may raise wherever it is touched.
+        findings.messages.append(f"while it was checked, {type(error).__name__} was raised: {error}{setting.hint}")
     return findings.result()
 
 

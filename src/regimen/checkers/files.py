@@ -23,19 +23,28 @@ from regimen.rollout import Rollout
 _NUMBER = itertools.count()
 
 
+class FileError(ValueError):
+    """A file has no parts to check, or cannot be imported; the message says why."""
+
+
 def check_file(path: Path | str) -> list[CheckResult]:
     """Import a file and check every part defined in it: instances at its top level, and classes that need no arguments.
 
     A `Rollout` or a `Cast` at the file's top level is what the parts are tried on. Names that begin with `_` and
-    names that the file imports are left out. A file that cannot be imported is one failed result.
+    names that the file imports are left out.
+
+    Raises:
+        FileError: there is no such file, it cannot be imported, or it defines no part.
     """
     path = Path(path).resolve()
+    if not path.is_file():
+        raise FileError(f"{path} is not a file; expected a Python file with parts to check")
     try:
         module = _imported(path)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return [CheckResult(path.name, False, [_import_failure(path, error)])]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # A file may also exit.
+        raise FileError(_import_failure(path, error)) from error
     names = _own_names(module, path)
     rollout = next((value for value in names.values() if isinstance(value, Rollout)), None)
     cast = next((value for value in names.values() if isinstance(value, Cast)), None)
@@ -47,8 +56,9 @@ def check_file(path: Path | str) -> list[CheckResult]:
             found = CheckResult("class", False, [f"{name}() raised {type(error).__name__}: {error}"])
         results.append(CheckResult(f"{name} ({found.part})", found.ok, found.messages))
     if not results:
-        why = "it defines no part that can be checked; put instances of your rewards, tasks, ... at its top level"
-        results = [CheckResult(path.name, False, [why])]
+        raise FileError(
+            f"{path} defines no part that can be checked; put instances of your rewards, tasks, ... at its top level"
+        )
     return results
 
 
@@ -56,8 +66,8 @@ def _imported(path: Path) -> ModuleType:
     """The file as a module of its own, which can import its neighbours."""
     name = f"regimen_checked_{next(_NUMBER)}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"{path} is not a Python file")
+    if spec is None or spec.loader is None:
+        raise ImportError("its name does not end with .py")
     module = importlib.util.module_from_spec(spec)
     with _neighbours(path.parent):
         # Dataclasses look for their module there.
@@ -84,14 +94,14 @@ def _import_failure(path: Path, error: BaseException) -> str:
     line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
     where = f" at line {line}" if line else ""
     text = error.msg if isinstance(error, SyntaxError) else error
-    return f"it cannot be imported: {type(error).__name__}{where}: {text}; a file of parts must run by itself"
+    return f"{path} cannot be imported: {type(error).__name__}{where}: {text}; a file of parts must run by itself"
 
 
 def _own_names(module: ModuleType, path: Path) -> dict[str, Any]:
     """What the file itself defines at its top level."""
     imported = {
         (alias.asname or alias.name).split(".")[0]
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_bytes()))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }

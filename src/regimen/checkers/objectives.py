@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from regimen.checkers.findings import Findings, copied, declared_knobs, differing, moved, weights
 from regimen.checkers.setting import Setting
-from regimen.checkers.stand_ins import credited
 from regimen.objectives.base import Batch, Loss, Objective
 from regimen.rollout import Rollout
 
@@ -16,7 +15,7 @@ DRAWS = 64
 
 def check_objective(objective: Objective, setting: Setting, findings: Findings) -> None:
     """One number with a gradient, the same however the minibatch is cut, that changes nothing."""
-    rollout = credited(setting.rollout if setting.given is None else setting.given)
+    rollout = setting.credited
     shown, before = copied(rollout), weights(setting.cast)
     loss = _ask(objective, shown, setting, findings)
     findings.insist(

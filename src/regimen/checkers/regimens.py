@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,17 +31,18 @@ def check_regimen(regimen: Regimen, setting: Setting, findings: Findings) -> Non
 
     Nothing is trained, and `prepare` steps are not taken. Metrics for controllers come from the setting.
     """
-    known = {task.name for stage in regimen.stages for task in stage.tasks}
+    known = {task.name for task in (*regimen.evaluated(), *(t for stage in regimen.stages for t in stage.tasks))}
     for stage in regimen.stages:
         for task in _names_in(stage.reward):
             findings.need(
                 task in known,
-                f"stage '{stage.name}': a reward is given .on('{task}'), and no stage has such a task; there are: "
+                f"stage '{stage.name}': a reward is given .on('{task}'), and the regimen has no such task; there are: "
                 f"{', '.join(sorted(known))}",
             )
         cast = Cast(**dict(regimen.cast))
         for rule in stage.rules:
-            rule.start(cast)
+            what = f"stage '{stage.name}', the start of rule {type(rule).__name__}"
+            findings.attempt(what, partial(rule.start, cast))
         values = stage.board(cast, regimen.knobs).snapshot()
         _check_stage(stage, replace(setting, given=None, cast=cast, values=values), findings)
 
@@ -49,7 +51,7 @@ def _check_stage(stage: Stage, setting: Setting, findings: Findings) -> None:
     def run(name: str, check: Callable[[Any, Setting, Findings], None], part: Any, rollout: Rollout | None) -> None:
         own = Findings(name)
         with suppress(Abandoned):
-            check(part, replace(setting, given=rollout), own)
+            check(part, replace(setting, given=rollout, exact=True), own)
         findings.messages += [f"stage '{stage.name}', {name}: {message}" for message in own.messages]
 
     for task in stage.tasks:

@@ -24,13 +24,13 @@ def check_reward(reward: Expression, setting: Setting, findings: Findings) -> No
         _check_component(leaf, replace(setting, given=shown), findings)
     if isinstance(reward, Reward) or len(findings.messages) > before:
         return
-    states = {leaf.name: leaf.save_state() for leaf in reward.leaves()}
+    states = {part.name: part.save_state() for part in reward.remembering()}
     knobs = declared_knobs({type(reward).__name__: reward}, setting.values)
     scene = Scene(setting.cast, knobs)
     _, report = findings.attempt("judging the whole expression", lambda: judge(reward, setting.rollout, scene))
     findings.need(not report.failed, f"{report.failed} samples failed to be judged: {'; '.join(report.errors)}")
-    for leaf in reward.leaves():
-        leaf.load_state(states[leaf.name])
+    for part in reward.remembering():
+        part.load_state(states[part.name])
 
 
 def _components(reward: Expression, rollout: Rollout) -> Iterator[tuple[Reward, Rollout]]:
@@ -103,7 +103,7 @@ def _check_values(label: str, score: Score, rollout: Rollout, findings: Findings
         list(score.status.shape) == [batch],
         f"{label}: status has shape {list(score.status.shape)}, expected [{batch}]; make it with Score.of",
     )
-    findings.need(
+    findings.insist(
         not score.value.is_complex(), f"{label}: score returned {score.value.dtype}, expected real numbers or booleans"
     )
     value = score.value if score.value.ndim == 1 else torch.where(rollout.mask, score.value, 0).sum(1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from regimen.checkers.stand_ins import StandInPolicy, stand_in_rollout
+from regimen.checkers.stand_ins import StandInPolicy, credited, judged, stand_in_rollout
 from regimen.rollout import Rollout
 
 
@@ -21,12 +21,14 @@ class Setting:
         cast: the members; stand-in policies if the user passed none.
         values: knob values that replace the declared defaults.
         metrics: what a controller sees.
+        exact: the rollout given is what the part will get when it is used, so nothing that it lacks is drawn.
     """
 
     given: Rollout | None = None
     cast: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    exact: bool = False
 
     @classmethod
     def of(
@@ -46,6 +48,20 @@ class Setting:
         rollout = stand_in_rollout() if self.given is None else self.given
         judged = [name for name in ("rewards", "status", "reward", "advantages") if getattr(rollout, name) is not None]
         return Rollout(rollout.data.exclude(*judged), rollout.task_names) if judged else rollout
+
+    @property
+    def judged(self) -> Rollout:
+        """The rollout as credit gets it: with a total reward, drawn if it has none."""
+        if self.given is not None and (self.exact or self.given.reward is not None):
+            return self.given
+        return judged(self.rollout)
+
+    @property
+    def credited(self) -> Rollout:
+        """The rollout as an objective gets it: with advantages, drawn if it has none."""
+        if self.given is not None and self.exact:
+            return self.given
+        return credited(self.rollout if self.given is None else self.given)
 
     @property
     def device(self) -> torch.device:

@@ -45,7 +45,7 @@ def load(slug: str) -> Paper:
 
 def facts(slug: str) -> dict[str, str]:
     """A paper's slug, title, arXiv number, verb, policy and claim, read from its file without importing it."""
-    for node in ast.parse(_file(slug).read_text()).body:
+    for node in ast.parse(_file(slug).read_bytes()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             target = node.targets[0]
             if isinstance(target, ast.Name) and target.id == "PAPER":
@@ -67,6 +67,7 @@ def record(results: Mapping[str, Any]) -> None:
         ExperimentError: it is a smoke test, or not all that the paper's verdict needs was trained.
     """
     from regimen.lab.experiment import ExperimentError
+    from regimen.storage import write_text
 
     gaps = [
         claim["name"]
@@ -82,9 +83,8 @@ def record(results: Mapping[str, Any]) -> None:
     kept = ("name", "text", "mean", "low", "high", "above", "verdict", "judged")
     entry = {name: results[name] for name in ("verdict", "scale", "seeds", "versions", "machine", "wall_clock_seconds")}
     entry["claims"] = [{name: claim[name] for name in kept} for claim in results["claims"]]
-    VERDICTS.write_text(
-        json.dumps(dict(sorted((verdicts() | {results["paper"]["slug"]: entry}).items())), indent=1) + "\n"
-    )
+    recorded = dict(sorted((verdicts() | {results["paper"]["slug"]: entry}).items()))
+    write_text(VERDICTS, json.dumps(recorded, indent=1) + "\n")
 
 
 def _file(slug: str) -> Path:

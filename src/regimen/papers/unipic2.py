@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from regimen.cast import Cast, ReferenceRefresh, RefreshMode
 from regimen.controllers import Alternating, Schedule
@@ -22,6 +22,8 @@ from regimen.rewards import ClassifierReward, EditReward, Expression
 from regimen.rewards.geneval import GenEvalReward
 from regimen.tasks.worlds import digits, scenes
 from regimen.update import Epochs, Update
+
+World = Literal["digits", "scenes", "stable_diffusion"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Settings:
         judge, evaluator, edit_judge: object detectors and a vision-language model, for `StableDiffusionWorld`.
     """
 
-    world: str = "digits"
+    world: World = "digits"
     pretrain_steps: int = 1500
     pretrain_learning_rate: float = 1e-3
     wrong_captions: float = 0.4
@@ -91,7 +93,7 @@ def stable_diffusion_world(seed: int, s: Settings) -> tuple[Any, Expression]:
     return world, edit_judge.on("edit") + GenEvalReward(judge, counting="share").on("generate")
 
 
-WORLDS: dict[str, Callable[[int, Settings], tuple[Any, Expression]]] = {
+WORLDS: dict[World, Callable[[int, Settings], tuple[Any, Expression]]] = {
     "digits": digits_world,
     "scenes": scenes_world,
     "stable_diffusion": stable_diffusion_world,
@@ -206,7 +208,10 @@ def kept_share(metric: str, seed: SeedResults) -> float:
     """How much of the first stage's gain in an edit metric is left after the second."""
     run = seed["staged"]
     before = run.after("start")[metric]
-    return (run.final[metric] - before) / (run.after("edit")[metric] - before)
+    gain = run.after("edit")[metric] - before
+    if gain <= 0:  # The share of a loss that is left would pass for a gain that is kept.
+        raise ValueError(f"the first stage's gain is {gain:.3f}, so there is nothing to keep")
+    return (run.final[metric] - before) / gain
 
 
 def difference(arm: str, metric: str, seed: SeedResults) -> float:
@@ -281,7 +286,7 @@ PAPER = Paper(
         "scenes": Settings(
             world="scenes",
             device="cuda",
-            pretrain_steps=2000,
+            pretrain_steps=12_000,
             stage_steps=100,
             batch_size=384,
             group_size=24,
