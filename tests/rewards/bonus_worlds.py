@@ -87,10 +87,10 @@ def restored(old: Expression, new: Expression) -> Expression:
 
 
 class Corridor:
-    """Cells in a row; action 1 goes right and 0 left. The right end pays 1 and ends the episode."""
+    """Cells in a row; one of two actions goes right, in every other cell the other. The right end pays 1 and ends."""
 
     def __init__(self, count: int, length: int = 6, limit: int = 20) -> None:
-        self.count, self.length, self.limit = count, length, limit
+        self.count, self.length, self.limit, self.device = count, length, limit, torch.device("cpu")
         self.observation_space, self.action_space = spaces.Discrete(length), spaces.Discrete(2)
         self.knobs: tuple[Knob, ...] = ()
         self.cell, self.clock = torch.zeros(2, count, dtype=torch.int64)
@@ -103,7 +103,7 @@ class Corridor:
 
     def step(self, actions: Tensor) -> Change:
         """Move, within the walls."""
-        self.cell = (self.cell + 2 * actions - 1).clamp(0, self.length - 1)
+        self.cell = (self.cell + 2 * ((actions + self.cell) % 2) - 1).clamp(0, self.length - 1)
         self.clock = self.clock + 1
         there = self.cell == self.length - 1
         return Change(self.cell.clone(), there.float(), there, self.clock >= self.limit)
@@ -115,3 +115,6 @@ class Corridor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put them back there."""
         self.cell, self.clock = state["cell"], state["clock"]
+
+    def close(self) -> None:
+        """Nothing is held."""

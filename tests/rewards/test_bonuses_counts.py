@@ -294,12 +294,6 @@ def test_a_rollout_without_next_observations_says_what_it_has() -> None:
     assert not bool(judged.loss_mask.any())
 
 
-def test_copies_with_unequal_rows_are_refused() -> None:
-    pieces = wandering(copies=2, steps=3, pieces=2)
-    with pytest.raises(ValueError, match=r"task 'walk': its copies have \[2, 1\] rows each"):
-        counting().score(Rollout.cat(pieces)[:3], Scene())
-
-
 def test_a_failed_batch_leaves_the_counts_alone() -> None:
     failing = False
     bonus = CountBonus(key=lambda seen: seen.float() if failing else seen)

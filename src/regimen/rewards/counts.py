@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regimen.models.torsos import Observations
 from regimen.rewards.base import Reward, Scene
-from regimen.rewards.states import Track, Visits, tracks
+from regimen.rewards.states import Stretch, Visits, earlier, stretches
 from regimen.rollout import Rollout
 
 Scope = Literal["global", "episodic"]
@@ -38,7 +38,7 @@ def count_visits(known: Tensor, counts: Tensor, keys: Tensor) -> tuple[Tensor, T
     old[spots] = False
     merged[old], merged[spots], totals[old] = known, fresh, counts
     where = torch.searchsorted(merged, keys)
-    number = totals[where] + _earlier(keys) + 1
+    number = totals[where] + earlier(keys) + 1
     return number, merged, totals.index_add(0, where, torch.ones_like(where))
 
 
@@ -46,13 +46,6 @@ def _is_in(values: Tensor, ascending: Tensor) -> Tensor:
     if not len(ascending):
         return torch.zeros_like(values, dtype=torch.bool)
     return ascending[torch.searchsorted(ascending, values).clamp(max=len(ascending) - 1)] == values
-
-
-def _earlier(keys: Tensor) -> Tensor:
-    """`[R]`, how many equal keys stand before each."""
-    ordered, order = keys.sort(stable=True)
-    rank = torch.arange(len(keys), device=keys.device) - torch.searchsorted(ordered, ordered)
-    return torch.empty_like(rank).scatter(0, order, rank)
 
 
 def row_key(states: Observations) -> Tensor:
@@ -116,15 +109,15 @@ def value_variance(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Visited:
-    """Visits of one track in the order of time.
+    """Visits of one stretch in the order of time.
 
     Attributes:
-        track: of `N` copies; begun: `[N]`, episodes that each began.
+        stretch: of `N` copies; begun: `[N]`, episodes that each began.
         copy, episode, key: `[R]`, which copy visited which state, and in which of its episodes (0 is the one that
             goes on from before).
     """
 
-    track: Track
+    stretch: Stretch
     begun: Tensor
     copy: Tensor
     episode: Tensor
@@ -174,7 +167,7 @@ class _Episodes:
 
     def count(self, visited: _Visited) -> Tensor:
         """`[R]`, each visit's number."""
-        task, nothing = visited.track.task, torch.zeros(3, 0, dtype=torch.int64)
+        task, nothing = visited.stretch.task, torch.zeros(3, 0, dtype=torch.int64)
         copy, key, counts = self._tables.get(task, nothing).to(visited.key.device)
         distinct, place = torch.cat([key, visited.key]).unique(return_inverse=True)
         # One number for each (copy, episode, key); the episode that goes on from before is its copy's 0th.
@@ -184,7 +177,7 @@ class _Episodes:
         number, known, counts = count_visits(before, counts[order], now)
         copy, episode, key = known // keys // span, known // keys % span, distinct[known % keys]
         table = torch.stack([copy, key, counts])
-        self._tables[task] = table[:, episode == _at(copy, visited.track.copies, visited.begun)]
+        self._tables[task] = table[:, episode == _at(copy, visited.stretch.copies, visited.begun)]
         return number
 
     def save(self) -> dict[str, Any]:
@@ -248,21 +241,20 @@ class CountBonus(Reward):
         """
         visits = Visits.of(rollout)
         keys, numbers = visits.spread(self._keys(visits.states)), torch.ones_like(rollout.mask, dtype=torch.int64)
-        for track in tracks(rollout):
-            self._count(track, visits, keys, numbers)
+        for stretch in stretches(rollout):
+            numbers[stretch.rows] = self._count(stretch, visits, keys)
         bonus = (numbers == 1).float() if self.form == "first" else numbers.float().rsqrt()
         return torch.where(rollout.mask, bonus, 0)
 
-    def _count(self, track: Track, visits: Visits, keys: Tensor, numbers: Tensor) -> None:
-        """Count one track's visits, and write their numbers into `[B, T]`."""
+    def _count(self, stretch: Stretch, visits: Visits, keys: Tensor) -> Tensor:
+        """Count one stretch's visits; their numbers `[N, T]`, 1 at steps that do not exist."""
         # By time, a start before the step from it, then by copy: the order in which environments are stepped.
-        exists, starts = track.gather(visits.exists).permute(1, 2, 0), track.gather(visits.starts)
-        copy = track.copies.expand(exists.shape)[exists]
-        episode = starts.cumsum(1).T[:, None].expand(exists.shape)[exists]
-        key = track.gather(keys).permute(1, 2, 0)[exists]
-        found = self._memory.count(_Visited(track, starts.sum(1), copy, episode, key))
-        slots = torch.ones(exists.shape, dtype=torch.int64, device=key.device).masked_scatter(exists, found)
-        track.scatter(slots[:, 1].T, numbers)
+        exists, key = (slots[stretch.rows].permute(1, 2, 0) for slots in (visits.exists, keys))
+        begun = visits.starts[stretch.rows].cumsum(1)
+        copy = stretch.copies.expand(exists.shape)[exists]
+        episode = begun.T[:, None].expand(exists.shape)[exists]
+        found = self._memory.count(_Visited(stretch, begun[:, -1], copy, episode, key[exists]))
+        return torch.ones_like(key).masked_scatter(exists, found)[:, 1].T
 
     def _keys(self, states: Observations) -> Tensor:
         keys: Any = self.key(states)

@@ -9,26 +9,28 @@ import torch
 from torch import Tensor
 
 from regimen.rewards.base import Reward, Scene
-from regimen.rewards.states import Track, Visits, features_of, tracks
+from regimen.rewards.states import Stretch, Visits, features_of, stretches
 from regimen.rollout import Rollout
 
 
-def elliptical_step(inverse: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+def elliptical_step(inverse: Tensor, features: Tensor) -> Tensor:
     """One visit of each of `N` copies: `b = phi^T C^-1 phi`, then `C <- C + phi phi^T` (Henaff et al. 2022, section 3).
 
-    The inverse is updated by Sherman and Morrison's formula, in `O(D^2)`. Features of 0 change nothing.
+    The inverse is updated in place, because copies of it would take most of the time, by Sherman and Morrison's
+    formula, in `O(D^2)`. Features of 0 change nothing.
 
     Args:
-        inverse: `C^-1`, `[N, D, D]`.
+        inverse: `C^-1`, `[N, D, D]`; changed.
         features: `phi`, `[N, D]`.
 
     Returns:
-        The bonus `[N]`, and the new inverse.
+        The bonus `[N]`.
     """
     image = torch.bmm(inverse, features[:, :, None])
     bonus = (image[:, :, 0] * features).sum(1)
     root = image / (1 + bonus).sqrt()[:, None, None]  # Both factors alike, so that it stays symmetric to the bit.
-    return bonus, torch.baddbmm(inverse, root, root.transpose(1, 2), alpha=-1)
+    inverse.addcmul_(root, root.transpose(1, 2), value=-1)
+    return bonus
 
 
 class EllipticalBonus(Reward):
@@ -70,37 +72,37 @@ class EllipticalBonus(Reward):
         visits = Visits.of(rollout)
         features = features_of(scene.cast, self.encoder, visits.states, f"EllipticalBonus '{self.name}'")
         self._check_width(features.shape[1])
-        slots, values, inverse = visits.spread(features), torch.zeros(rollout.mask.shape).to(features), {}
-        for track in tracks(rollout):
-            known = self._matrices(track, features)
-            starts = track.gather(visits.starts)
-            bonus, new = self._follow(known[track.copies], starts, track.gather(slots))
-            track.scatter(bonus, values)
-            inverse[track.task] = known.index_copy(0, track.copies, new)
-        self._inverse.update(inverse)
+        slots, values = visits.spread(features), torch.zeros(rollout.mask.shape, device=features.device)
+        memory = dict(self._inverse)
+        for stretch in stretches(rollout):
+            known = self._matrices(memory.get(stretch.task), stretch, features)
+            inverse = known[stretch.copies]
+            bonus = self._follow(inverse, visits.starts[stretch.rows], slots[stretch.rows])
+            values[stretch.rows] = bonus.to(values.dtype)
+            memory[stretch.task] = known.index_copy(0, stretch.copies, inverse)
+        self._inverse = memory
         return values
 
-    def _follow(self, inverse: Tensor, starts: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """The bonuses `[N, T]` of `N` copies, and their matrices afterwards."""
+    def _follow(self, inverse: Tensor, starts: Tensor, slots: Tensor) -> Tensor:
+        """The bonuses `[N, T]` of `N` copies, whose matrices are changed in place."""
         bonuses = []
         for step, begins in enumerate(starts.any(0).tolist()):
             if begins:
-                inverse = torch.where(starts[:, step, None, None], self._fresh(inverse), inverse)
-                _, inverse = elliptical_step(inverse, slots[:, step, 0].double())
-            bonus, inverse = elliptical_step(inverse, slots[:, step, 1].double())
-            bonuses.append(bonus)
-        return torch.stack(bonuses, 1), inverse
+                inverse[starts[:, step]] = self._fresh(inverse)
+                elliptical_step(inverse, slots[:, step, 0].double())
+            bonuses.append(elliptical_step(inverse, slots[:, step, 1].double()))
+        return torch.stack(bonuses, 1)
 
     def _fresh(self, like: Tensor) -> Tensor:
         """The matrix of an episode without visits, `[D, D]`."""
         width = like.shape[-1]
         return torch.eye(width, dtype=torch.float64, device=like.device) / self.ridge
 
-    def _matrices(self, track: Track, features: Tensor) -> Tensor:
-        """What is known of the copies of a task, by number, `[copies, D, D]`."""
+    def _matrices(self, known: Tensor | None, stretch: Stretch, features: Tensor) -> Tensor:
+        """Those of a task's copies, by number, `[copies, D, D]`: what is known, and fresh ones."""
         fresh = self._fresh(features)
-        known = self._inverse.get(track.task, fresh.expand(0, -1, -1)).to(fresh.device)
-        missing = max(int(track.copies.max()) + 1 - len(known), 0)
+        known = fresh.expand(0, -1, -1) if known is None else known.to(fresh.device)
+        missing = max(int(stretch.copies.max()) + 1 - len(known), 0)
         return torch.cat([known, fresh.expand(missing, -1, -1)])
 
     def _check_width(self, width: int) -> None:

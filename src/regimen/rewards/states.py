@@ -1,4 +1,4 @@
-"""The states that a rollout visits: where episodes begin, and which rows go on where others left off."""
+"""The states that a rollout visits: where episodes begin, and which rows are whose."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from regimen.rollout import Rollout
 @dataclass(frozen=True)
 class Visits:
     """The states that a rollout visits: at every step the state that it led to, and each episode's first one.
-
-    Nothing of an `[B, T]` rollout is visited twice: `observations` are used where an episode starts,
-    `next_observations` at every step that exists.
 
     Attributes:
         starts: bool `[B, T]`, existing steps that begin an episode.
@@ -60,54 +57,46 @@ def starts_of(rollout: Rollout) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Track:
-    """What the copies of a task's environment went through in one rollout.
+class Stretch:
+    """What copies of a task's environment went through side by side.
 
     Attributes:
         task: its name.
-        copies: int64 `[N]`, ascending.
-        rows: int64 `[N, P]`, the rows of each copy, in the order of time.
+        copies: int64 `[N]`, which copies, ascending.
+        rows: int64 `[N]`, the rollout's row of each.
     """
 
     task: str
     copies: Tensor
     rows: Tensor
 
-    def gather(self, values: Tensor) -> Tensor:
-        """`[B, T, ...]` as `[N, P * T, ...]`: each copy's rows one after the other."""
-        return values[self.rows].flatten(1, 2)
 
-    def scatter(self, values: Tensor, into: Tensor) -> None:
-        """Write `[N, P * T]` back into the rows of `[B, T]`."""
-        into[self.rows] = values.unflatten(1, (self.rows.shape[1], -1)).to(into.dtype)
+def stretches(rollout: Rollout) -> Iterator[Stretch]:
+    """A rollout in the order of time: task by task, and within a task stretch after stretch of its copies.
 
-
-def tracks(rollout: Rollout) -> Iterator[Track]:
-    """Task by task, as they were collected: which rows belong to which copy.
-
-    The column `copy` (int64 `[B]`, as an `EnvTask` writes it) tells; without it, the n-th row of a task is copy n.
-
-    Raises:
-        ValueError: some copies of a task have more rows than others, so that the order of time is not known.
+    The column `copy` (int64 `[B]`, as an `EnvTask` writes it) tells whose a row is; several rows of one copy follow
+    each other. Without it, the n-th row of a task is copy n.
     """
     for index, task in enumerate(rollout.task_names):
         rows = (rollout.task == index).nonzero().flatten()
-        if not len(rows):
-            continue
-        copy = rollout.get("copy")
-        copy = torch.arange(len(rows), device=rows.device) if copy is None else copy[rows]
-        copies, times = copy.unique(return_counts=True)
-        if bool((times != times[0]).any()):
-            raise ValueError(
-                f"task '{task}': its copies have {times.tolist()} rows each in one rollout, expected equally many; "
-                "score the rollout as it was collected, not a selection of its rows"
-            )
-        yield Track(task, copies, rows[copy.argsort(stable=True)].view(len(copies), -1))
+        column = rollout.get("copy")
+        copy = torch.arange(len(rows), device=rows.device) if column is None else column[rows]
+        turn = earlier(copy)
+        for number in range(int(turn.max()) + 1 if len(rows) else 0):
+            copies, order = copy[turn == number].sort()
+            yield Stretch(task, copies, rows[turn == number][order])
+
+
+def earlier(values: Tensor) -> Tensor:
+    """How many equal values stand before each, int64 `[R]`."""
+    ordered, order = values.sort(stable=True)
+    rank = torch.arange(len(values), device=values.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(rank).scatter(0, order, rank)
 
 
 @torch.no_grad()
 def features_of(cast: Mapping[str, Any], member: str, states: Observations, owner: str) -> Tensor:
-    """What a member of the cast makes of states `[R, ...]`: `[R, D]`, without a gradient.
+    """What a member of the cast makes of states `[R, ...]`: float32 `[R, D]`, without a gradient.
 
     Raises:
         ValueError: there is no such member, or its features have another shape, or are not finite.
@@ -128,4 +117,4 @@ def features_of(cast: Mapping[str, Any], member: str, states: Observations, owne
             f"{owner}: member '{member}' gave features that are NaN or infinite, expected finite numbers; look at its "
             "learning rate and at the observations"
         )
-    return features
+    return features.float()
