@@ -111,7 +111,13 @@ def equal(ours: Tensor, theirs: Tensor) -> None:
 
 
 def decoder(tokenizer: Any, seed: int) -> Any:
-    return small_decoder(len(tokenizer), dim=16, layers=2, heads=2, positions=32, seed=seed)
+    model = small_decoder(len(tokenizer), dim=16, layers=2, heads=2, positions=32, seed=seed)
+    # Weights as large as `transformers` makes them: at 1e-6 single precision leaves no room for larger gradients.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter *= 0.02 * 16**0.5
+    return model
 
 
 class Pair:

@@ -1,6 +1,7 @@
 """Formulas that two or more folders share: pure functions, tensors in, tensors out."""
 
 from regimen.functions.aggregate import aggregate_weights, masked_mean
+from regimen.functions.categorical import row_uniform, sample_tokens, support_size, token_logprob
 from regimen.functions.divergences import gaussian_kl, kl_estimate
 from regimen.functions.flow import (
     flow_sde_coefficients,
@@ -23,6 +24,10 @@ __all__ = [
     "kl_estimate",
     "masked_mean",
     "nearest_distance",
+    "row_uniform",
+    "sample_tokens",
     "shifted_sigmas",
+    "support_size",
+    "token_logprob",
     "velocity_target",
 ]

@@ -9,10 +9,12 @@ from torch import Tensor
 def support_size(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """How many of the likeliest tokens top-k and nucleus sampling keep, int64 `[R]` (Holtzman et al. 2020).
 
+    Both together are top-k first, as in `transformers` and vLLM.
+
     Args:
         logits: `[R, V]`, after the temperature.
         top_k: keep at most so many; 0 for no limit.
-        top_p: keep the smallest set of likeliest tokens whose probabilities add up to at least this; 1 for all.
+        top_p: of those, keep the smallest set of likeliest tokens that has at least this share of their probability.
 
     Raises:
         ValueError: `top_k` is negative or `top_p` not in (0, 1].
@@ -20,29 +22,28 @@ def support_size(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"support_size: top_k={top_k}, top_p={top_p}; expected top_k >= 0 and top_p in (0, 1]")
     rows, vocabulary = logits.shape
-    kept = torch.full((rows,), vocabulary, dtype=torch.int64, device=logits.device)
-    if top_p < 1:
-        probabilities = logits.softmax(-1).sort(-1, descending=True).values
-        before = probabilities.cumsum(-1) - probabilities
-        kept = (before < top_p).sum(-1).clamp(min=1)
-    return kept.clamp(max=top_k) if top_k else kept
+    most = min(top_k, vocabulary) if top_k else vocabulary
+    if top_p == 1:
+        return torch.full((rows,), most, dtype=torch.int64, device=logits.device)
+    probabilities = logits.topk(most, -1).values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    return (before < top_p).sum(-1).clamp(min=1)
 
 
 def token_logprob(logits: Tensor, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
     """Log-probability `[R]` of tokens `[R]` under logits `[R, V]`, truncated to the `kept [R]` likeliest tokens.
 
-    A token outside its row's support counts as part of it, so that the value stays finite when the policy has moved
-    since the token was sampled.
+    A token that is not among them, because the policy has moved since it was sampled, takes the place of the least
+    likely one: the value stays finite and has no jump.
     """
     chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
     if kept is None:
         return chosen - logits.logsumexp(-1)
     widest = int(kept.max()) if len(kept) else 1
-    top = logits.topk(widest, -1).values
-    inside = torch.arange(widest, device=logits.device) < kept[:, None]
-    least = top.gather(-1, kept[:, None] - 1).squeeze(-1)
-    support = torch.where(inside, top, -torch.inf).logsumexp(-1)
-    return chosen - torch.where(chosen < least, torch.logaddexp(support, chosen), support)
+    top, last = logits.topk(widest, -1).values, kept[:, None] - 1
+    least = torch.minimum(top.gather(-1, last), chosen[:, None])
+    outside = torch.arange(widest, device=logits.device) > last
+    return chosen - top.scatter(-1, last, least).masked_fill(outside, -torch.inf).logsumexp(-1)
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -59,23 +60,24 @@ def sample_tokens(logits: Tensor, uniform: Tensor, kept: Tensor | None = None) -
         order, probabilities = None, logits.softmax(-1)
     else:
         values, order = logits.topk(int(kept.max()), -1)
-        inside = torch.arange(values.shape[-1], device=logits.device) < kept[:, None]
-        probabilities = torch.where(inside, values, -torch.inf).softmax(-1)
-    cumulative = probabilities.double().cumsum(-1)
-    at = (uniform.double() * cumulative[:, -1])[:, None]
-    # A number that rounds up to the total falls on the last token that has any probability.
-    last = (probabilities > 0).cumsum(-1).argmax(-1)
-    place = torch.searchsorted(cumulative, at, right=True).squeeze(-1).minimum(last)
-    return place if order is None else order.gather(-1, place[:, None]).squeeze(-1)
+        outside = torch.arange(values.shape[-1], device=logits.device) >= kept[:, None]
+        probabilities = values.masked_fill(outside, -torch.inf).softmax(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    # Below 1, a number times the total is below the total however it is rounded: the token has some probability.
+    at = uniform.double()[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, at, right=True)
+    return (place if order is None else order.gather(-1, place)).squeeze(-1)
 
 
-def row_uniform(seeds: Tensor, step: int) -> Tensor:
-    """One number in [0, 1) per row, `[R]` float64, from the row's seed (int64 `[R]`) and a step.
+def row_uniform(seeds: Tensor, step: int | Tensor) -> Tensor:
+    """One number in [0, 1) per row, `[R]` float64, from the row's seed (int64 `[R]`) and a step, or each row's own.
 
     SplitMix64 (Steele et al. 2014), a counter-based stream: rows have streams of their own, so a sample does not
     depend on which others are in its batch, or on when they end.
     """
-    mixed = _mix(seeds + _signed(0x9E3779B97F4A7C15 * (step + 1)))
+    odd = 0x9E3779B97F4A7C15
+    offset = _signed(odd) * (step + 1) if isinstance(step, Tensor) else _signed(odd * (step + 1))
+    mixed = _mix(seeds + offset)
     return _shift(mixed, 11).double() * 2.0**-53
 
 

@@ -1,23 +1,38 @@
 """Networks that policies and rewards are made of."""
 
+from .causal_lm import CausalLM
 from .classifiers import ImageClassifier
 from .encoders import MultimodalEncoder, SmallMultimodalEncoder, TransformersEncoder
 from .kontext_denoiser import KontextDenoiser
 from .metaquery import MetaQueryConditioner, MetaQueryConnector
 from .mlp_denoiser import MLPDenoiser
 from .sd3 import SD3Denoiser, decode_latents, encode_images, sd3_sigmas
+from .small_decoder import small_decoder, word_tokenizer
+from .torsos import ConvTorso, DictTorso, MLPTorso, OneHotTorso, torso_for
+from .value_head import ValueHead
+from .value_network import ValueNetwork
 
 __all__ = [
+    "CausalLM",
+    "ConvTorso",
+    "DictTorso",
     "ImageClassifier",
     "KontextDenoiser",
     "MLPDenoiser",
+    "MLPTorso",
     "MetaQueryConditioner",
     "MetaQueryConnector",
     "MultimodalEncoder",
+    "OneHotTorso",
     "SD3Denoiser",
     "SmallMultimodalEncoder",
     "TransformersEncoder",
+    "ValueHead",
+    "ValueNetwork",
     "decode_latents",
     "encode_images",
     "sd3_sigmas",
+    "small_decoder",
+    "torso_for",
+    "word_tokenizer",
 ]

@@ -2,72 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class RowsLayer(CacheLayerMixin):
+@dataclass
+class _Layer:
     """One layer's keys and values `[B, H, capacity, D]`, of which the first `length` places are filled."""
 
-    is_sliding = False
-    is_croppable = False
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+
+class RowsCache:
+    """Keys and values of all layers of a model, for sequences of up to `capacity` tokens.
+
+    It has the methods of a `transformers` cache that models call, and keeps every key: layers that attend to a
+    sliding window are held to it by their mask.
+    """
+
+    is_compileable = False
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity, self.length = capacity, 0
+        self.capacity = capacity
+        self._layers: list[_Layer] = []
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the shapes of the first keys and values."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self._room(key_states)
-        self.values = self._room(value_states)
-        self.is_initialized = True
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to a layer, and return all it has."""
+        if layer_idx == len(self._layers):
+            self._layers.append(_Layer(self._room(key_states), self._room(value_states)))
+        layer = self._layers[layer_idx]
+        start, layer.length = layer.length, layer.length + key_states.shape[-2]
+        layer.keys[:, :, start : layer.length] = key_states
+        layer.values[:, :, start : layer.length] = value_states
+        return layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length]
 
     def _room(self, like: Tensor) -> Tensor:
         batch, heads, _, width = like.shape
         return like.new_empty(batch, heads, self.capacity, width)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append, and return all there is."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Places of a layer that are filled."""
+        return self._layers[layer_idx].length if layer_idx < len(self._layers) else 0
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Places that a query sees, and where they begin."""
-        return self.length + query_length, 0
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the next token stands."""
+        return self.get_seq_length(layer_idx)
 
-    def get_seq_length(self) -> int:
-        """Places that are filled."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """Places that there are."""
-        return self.capacity
-
-    def choose(self, rows: Tensor) -> None:
-        """Keep (or repeat) some rows."""
-        self.keys, self.values = (self._chosen(x, rows) for x in (self.keys, self.values))
-
-    def _chosen(self, old: Tensor, rows: Tensor) -> Tensor:
-        new = old.new_empty(len(rows), *old.shape[1:])
-        torch.index_select(old[:, :, : self.length], 0, rows, out=new[:, :, : self.length])
-        return new
-
-
-class RowsCache(Cache):
-    """The cache of all layers of a model, for sequences of up to `capacity` tokens."""
-
-    def __init__(self, layers: int, capacity: int) -> None:
-        super().__init__(layers=[RowsLayer(capacity) for _ in range(layers)])
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Places that the last of some next tokens sees, and where they begin."""
+        return self.get_seq_length(layer_idx) + query_length, 0
 
     def choose(self, rows: Tensor) -> None:
         """Keep (or repeat) some rows, int64 `[R]`, in every layer."""
-        for layer in self.layers:
-            layer.choose(rows)
+        for layer in self._layers:
+            layer.keys, layer.values = (self._chosen(x, rows, layer.length) for x in (layer.keys, layer.values))
+
+    @staticmethod
+    def _chosen(old: Tensor, rows: Tensor, length: int) -> Tensor:
+        new = old.new_empty(len(rows), *old.shape[1:])
+        torch.index_select(old[:, :, :length], 0, rows, out=new[:, :, :length])
+        return new

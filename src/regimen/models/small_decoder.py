@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,19 +16,19 @@ def word_tokenizer(words: Sequence[str]) -> Any:
     """A tokenizer of `transformers` that splits at spaces; every word is a token, and a prompt begins with `<begin>`.
 
     Raises:
-        ValueError: a word is there twice, is empty or has a space in it.
+        ValueError: a word is there twice, is empty or has a space in it, or is a special token.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    odd = sorted({word for word in words if not word or " " in word or list(words).count(word) > 1})
+    every = [PAD, BEGIN, END, UNKNOWN, *words]
+    odd = sorted(word for word, count in Counter(every).items() if count > 1 or word.split() != [word])
     if odd:
         raise ValueError(f"word_tokenizer: {odd[:5]}; expected words that are there once, without spaces")
-    special = [PAD, BEGIN, END, UNKNOWN]
-    vocabulary = {word: index for index, word in enumerate([*special, *words])}
+    vocabulary = {word: index for index, word in enumerate(every)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    # Without a decoder, words are joined with spaces.
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.WordPiece(prefix="\x00", cleanup=False)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, vocabulary[BEGIN])]
     )
@@ -40,6 +41,9 @@ def small_decoder(
     vocabulary: int, *, dim: int = 64, layers: int = 3, heads: int = 4, positions: int = 256, seed: int = 0
 ) -> nn.Module:
     """A `LlamaForCausalLM` (rotary positions, tied embeddings) with random weights.
+
+    They are spread by `dim ** -0.5`: with the usual 0.02, a model of this size is stuck at chance for its first
+    hundreds of updates.
 
     Args:
         vocabulary: tokens.
@@ -57,6 +61,7 @@ def small_decoder(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=positions,
+        initializer_range=dim**-0.5,
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=1,

@@ -1,6 +1,25 @@
 """Policies: anything that can sample and, where possible, score its samples."""
 
+from regimen.policies.action import Acted, ActionPolicy, ActionSteps, CategoricalHead, GaussianHead
 from regimen.policies.base import Policy, StepDistribution, logprob
 from regimen.policies.flow import Denoiser, FlowPolicy, GaussianSteps
+from regimen.policies.token import TokenPolicy, TokenSteps
+from regimen.policies.vision import Processor, QwenVLImages
 
-__all__ = ["Denoiser", "FlowPolicy", "GaussianSteps", "Policy", "StepDistribution", "logprob"]
+__all__ = [
+    "Acted",
+    "ActionPolicy",
+    "ActionSteps",
+    "CategoricalHead",
+    "Denoiser",
+    "FlowPolicy",
+    "GaussianHead",
+    "GaussianSteps",
+    "Policy",
+    "Processor",
+    "QwenVLImages",
+    "StepDistribution",
+    "TokenPolicy",
+    "TokenSteps",
+    "logprob",
+]

@@ -121,36 +121,31 @@ class _Decoder:
         self.alive = torch.arange(batch, device=device)
         self.working = torch.ones(batch, dtype=torch.bool, device=device)
         self.tokens = torch.zeros(batch, room, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(batch, room, device=device)
         self.kept = torch.zeros(batch, room, dtype=torch.int64, device=device) if sampling.truncates else None
         self.lengths = torch.full((batch,), room, device=device)
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
         self._prefill(prompts, rows, images)
+        self.logprobs = self.logits.new_zeros(batch, room)
 
     def _prefill(self, prompts: Sequence[Tensor], rows: Tensor, images: Mapping[str, Tensor] | None) -> None:
         """Read each distinct prompt once; every row then continues from its own."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=rows.device)
-        longest = int(lengths.max())
-        ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=rows.device)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt.to(rows.device)
-        real = torch.arange(longest, device=rows.device) >= longest - lengths[:, None]
+        ids, real = _left_padded(prompts, rows.device)
+        self.seen = ids.shape[1]
+        self.cache = RowsCache(self.seen + self.sampling.max_new_tokens)
+        positions = self.network.positions(real, ids, images)
         padded = not bool(real.all())
-        self.cache: RowsCache = self.network.new_cache(longest + self.sampling.max_new_tokens)
-        mask = real if padded or images else None
-        hidden = self.network.hidden(ids, mask=mask, cache=self.cache, images=images)
+        hidden = self.network.hidden(
+            ids, mask=real if padded else None, positions=positions, cache=self.cache, images=images
+        )
         self.logits = self.network.logits(hidden[:, -1])[rows]
-        self.position = lengths[rows, None]
-        self.axes = 1
-        shift = self.network.position_shift(len(prompts), rows.device) if images else None
-        if shift is not None:
-            self.position, self.axes = self.position + shift[rows], 3
-        self.real = self._room_for(real)[rows] if padded else None
-        self.seen = longest
-        if len(rows) != len(prompts) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+        # Images take less positions than tokens: the next one follows the highest, on all axes.
+        highest = positions if positions.ndim == 2 else positions.amax(0)
+        self.position = highest.amax(1)[rows, None]
+        self.real = self._with_room(real)[rows] if padded else None
+        if not torch.equal(rows, torch.arange(len(prompts), device=rows.device)):
             self.cache.choose(rows)
 
-    def _room_for(self, real: Tensor) -> Tensor:
+    def _with_room(self, real: Tensor) -> Tensor:
         more = torch.ones(len(real), self.sampling.max_new_tokens, dtype=torch.bool, device=real.device)
         return torch.cat([real, more], 1)
 
@@ -180,11 +175,8 @@ class _Decoder:
 
     def advance(self, step: int) -> None:
         """Read the tokens just drawn."""
-        visible = None if self.real is None else self.real[:, None, : self.seen + step + 1]
-        positions = self.position + step
-        if self.axes > 1:
-            positions = positions.expand(self.axes, *positions.shape)
-        hidden = self.network.hidden(self.new[:, None], visible=visible, positions=positions, cache=self.cache)
+        mask = None if self.real is None else self.real[:, : self.seen + step + 1]
+        hidden = self.network.hidden(self.new[:, None], mask=mask, positions=self.position + step + 1, cache=self.cache)
         self.logits = self.network.logits(hidden[:, -1])
 
     def completions(self) -> Completions:
@@ -194,3 +186,13 @@ class _Decoder:
         tokens, logprobs = (torch.where(mask, x[:, :longest], 0) for x in (self.tokens, self.logprobs))
         kept = None if self.kept is None else torch.where(mask, self.kept[:, :longest], 0)
         return Completions(tokens, mask, logprobs, kept, self.ended)
+
+
+def _left_padded(prompts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens int64 `[U, L]` and bool `[U, L]`, which are real: all prompts end at the last place."""
+    longest = max(len(prompt) for prompt in prompts)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    real = torch.arange(longest, device=device) >= longest - lengths[:, None]
+    ids = torch.zeros(real.shape, dtype=torch.int64, device=device)
+    ids[real] = torch.cat([prompt.to(device) for prompt in prompts])
+    return ids, real

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,14 @@ from regimen.knobs import Knob
 from regimen.models.causal_lm import CausalLM
 from regimen.policies.decoding import Completions, Sampling, decode
 from regimen.policies.stopping import StopAt
+from regimen.policies.vision import Processor, expand_placeholders
 from regimen.rollout import Rollout
 
-Processor = Callable[[TensorDict], dict[str, Tensor]]
-"""Contexts to what a vision-language model reads beside tokens, each `[B, n, ...]`: see `regimen.policies.vision`."""
+READ_AT_ONCE = 64
+"""Rows that are scored in one pass, sorted by length: in a larger batch, most of the work would go into padding."""
+
+# Stands for an answer while a chat template is read; templates pass private characters on.
+_ANSWER = "\ue000answer\ue001"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class TokenSteps:
     Attributes:
         where: bool `[B, T]`, the `R` steps that are described, in row order.
         tokens: int64 `[R]`, what was taken.
-        states: `[B, T, D]`, the hidden state from which each step's token was predicted (0 at the first).
+        hidden: `[B, T, D]`, the hidden state from which each step's token was predicted, for critics and other heads;
+            it may be 0 at steps that are not described.
         temperature: `[R]`, under which it was sampled.
         kept: int64 `[R]`, size of the support if the sampler was truncated.
         network: gives logits.
@@ -40,28 +45,23 @@ class TokenSteps:
 
     where: Tensor
     tokens: Tensor
-    states: Tensor
+    hidden: Tensor
     temperature: Tensor
     kept: Tensor | None
     network: CausalLM
     heads: Mapping[str, nn.Module]
 
-    @property
-    def hidden(self) -> Tensor:
-        """`[B, T, D]`, hidden states, for critics and other heads."""
-        return self.states
-
     def head(self, name: str) -> Tensor:
         """What a further head of the policy makes of the hidden states, `[B, T, ...]`; `KeyError` if there is none."""
         if name not in self.heads:
             raise KeyError(f"the policy has no head '{name}'; it has: {', '.join(self.heads) or 'none'}")
-        found: Tensor = self.heads[name](self.states)
+        found: Tensor = self.heads[name](self.hidden)
         return found
 
     @cached_property
     def logits(self) -> Tensor:
         """`[R, V]`, after the temperature and before any truncation."""
-        return self.network.logits(self.states[self.where]) / self.temperature[:, None]
+        return self.network.logits(self.hidden[self.where]) / self.temperature[:, None]
 
     @cached_property
     def logprob(self) -> Tensor:
@@ -85,7 +85,7 @@ class TokenSteps:
         return self._spread((mine.exp() * (mine - theirs)).sum(-1))
 
     def _spread(self, values: Tensor) -> Tensor:
-        return torch.zeros(self.where.shape, device=values.device).masked_scatter(self.where, values)
+        return values.new_zeros(self.where.shape).masked_scatter(self.where, values)
 
 
 class TokenPolicy(nn.Module):
@@ -96,8 +96,10 @@ class TokenPolicy(nn.Module):
     `truncated`, whether it was cut off. A context has a `prompt` (a text), and may have a `prefix` with which the
     answer is made to begin, and whatever the `processor` reads.
 
-    Optional columns of a rollout change how it is scored: `visible` bool `[B, T, T]`, which token sees which (in place
-    of the causal mask), and `positions` int64 `[B, T]`.
+    A rollout is scored under the temperature and the truncation that it was sampled with; one without recorded
+    log-probabilities (somebody's answers, or the likeliest tokens at temperature 0) at temperature 1. Optional columns
+    per step change how it is scored: `visible` bool `[B, T, T]`, which token may see which of those before it, and
+    `positions` int64 `[B, T]`.
     """
 
     def __init__(
@@ -130,17 +132,20 @@ class TokenPolicy(nn.Module):
             heads: further heads on the hidden states, for objectives that need them.
 
         Raises:
-            ValueError: the tokenizer has no end-of-text token, or no chat template where one is asked for.
+            ValueError: the tokenizer has no end-of-text token, or no chat template where one is asked for, or there
+                is a system message without chat.
         """
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise ValueError("TokenPolicy: the tokenizer has no eos_token, so no answer could end; set one")
         if chat and not tokenizer.chat_template:
             raise ValueError("TokenPolicy: chat=True, but the tokenizer has no chat_template; set one, or chat=False")
+        if system is not None and not chat:
+            raise ValueError("TokenPolicy: system is given, which only a chat template has a place for; set chat=True")
         self.network = model if isinstance(model, CausalLM) else CausalLM(model)
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.tokenizer, self.chat, self.system, self.processor = tokenizer, chat, system, processor
-        self.stop = StopAt(tokenizer, stop)
+        self.stop = StopAt(tokenizer, stop, _further_ends(self.network.base, tokenizer.eos_token_id))
         self.knobs = (
             Knob("temperature", temperature, 0.0, evaluation=evaluation_temperature, doc="divides the logits"),
             Knob("top_k", top_k, 0, integer=True, doc="keep at most so many tokens; 0 for all"),
@@ -150,19 +155,32 @@ class TokenPolicy(nn.Module):
         self.version = 0
 
     @classmethod
-    def from_pretrained(cls, path: Path | str, *, lora_rank: int | None = None, **settings: Any) -> Self:
-        """A policy from a folder or a name on the Hugging Face hub; with LoRA adapters (extra `peft`) if given a rank."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        *,
+        lora_rank: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """A policy from a folder (of a model or of adapters) or a name on the Hugging Face hub.
 
-        network = CausalLM(AutoModelForCausalLM.from_pretrained(path))
-        if lora_rank is not None:
-            network.lora(lora_rank, 2.0 * lora_rank)
+        Args:
+            path: folder or name.
+            lora_rank, options: see `CausalLM.from_pretrained`.
+            settings: of the policy. One that is shown images needs a `processor` too.
+        """
+        from transformers import AutoTokenizer
+
+        network = CausalLM.from_pretrained(path, lora_rank=lora_rank, **(options or {}))
         return cls(network, AutoTokenizer.from_pretrained(path), **settings)
 
     def save_pretrained(self, path: Path | str) -> None:
-        """Model (or adapters) and tokenizer as `transformers` and `peft` store them."""
+        """Model (or adapters), tokenizer and image processor, as `transformers` and `peft` store them; no heads."""
         self.network.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+        if self.processor is not None:
+            self.processor.save_pretrained(path)
 
     @property
     def device(self) -> torch.device:
@@ -170,33 +188,64 @@ class TokenPolicy(nn.Module):
         return next(self.network.parameters()).device
 
     def encode(self, prompt: str) -> Tensor:
-        """int64 `[L]`, the tokens that the model is shown for a prompt.
+        """int64 `[L]`, the tokens that the model is shown for a prompt; an image is a single placeholder.
 
         Raises:
             ValueError: it has none.
         """
+        text = prompt if self.processor is None else self.processor.mark(prompt)
         if self.chat:
             messages = [{"role": "system", "content": self.system}] if self.system else []
-            messages.append({"role": "user", "content": prompt})
+            messages.append({"role": "user", "content": text})
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = self.tokenizer(prompt)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
         if not ids:
             raise ValueError(f"TokenPolicy: prompt {prompt!r:.60} has no tokens; a prompt needs at least one")
         return torch.tensor(ids, dtype=torch.int64)
 
+    def _starts(self, prompts: Sequence[str], images: dict[str, Tensor] | None) -> list[Tensor]:
+        """The tokens of prompts, each text encoded once, with as many placeholders as the images have tokens."""
+        known = {prompt: self.encode(prompt) for prompt in dict.fromkeys(prompts)}
+        starts = [known[prompt] for prompt in prompts]
+        if self.processor is None or images is None:
+            return starts
+        placeholder, counts = self.network.base.config.image_token_id, self.processor.counts(images).cpu()
+        return [expand_placeholders(start, placeholder, count) for start, count in zip(starts, counts, strict=True)]
+
     def encode_answer(self, text: str) -> Tensor:
         """int64 `[L]`, the tokens of a part of an answer, without special tokens around it."""
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+
+    def encode_reply(self, text: str, after: Tensor, role: str = "user") -> Tensor:
+        """int64 `[L]`, the tokens of somebody else's turn, up to where the policy speaks again.
+
+        Args:
+            text: what was said.
+            after: int64 `[A]`, the turn of the policy before it; the chat template does not end it a second time.
+            role: of the speaker, in the chat template.
+
+        Raises:
+            ValueError: the chat template does not show an answer as it is.
+        """
+        if not self.chat:
+            return self.encode_answer(text)
+        turns = [("user", "?"), ("assistant", _ANSWER), (role, text)]
+        messages = [{"role": speaker, "content": content} for speaker, content in turns]
+        shown = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        _, answer, glue = shown.partition(_ANSWER)
+        if not answer:
+            raise ValueError("TokenPolicy: the chat template hides or changes the assistant's message; mend it")
+        if len(after) and int(after[-1]) in self.stop.ends:
+            before, _, rest = glue.partition(self.tokenizer.decode(after[-1:]))
+            glue = glue if before.strip() else rest
+        return self.encode_answer(glue)
 
     @torch.no_grad()
     def sample(self, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
         """One answer per context; log-probabilities only where `temperature` is above 0."""
         prompts = list(contexts["prompt"].tolist())
         images = None if self.processor is None else self.processor(contexts)
-        known = {prompt: self.encode(prompt) for prompt in dict.fromkeys(prompts)}
-        starts = [known[prompt] for prompt in prompts]
+        starts = self._starts(prompts, images)
         if "prefix" in contexts.keys():  # noqa: SIM118
             prefixes = [self.encode_answer(prefix) for prefix in contexts["prefix"].tolist()]
         else:
@@ -221,22 +270,19 @@ class TokenPolicy(nn.Module):
         rng: torch.Generator,
         images: Mapping[str, Tensor] | None = None,
     ) -> Completions:
-        """Sample on from sequences of tokens, each int64 `[L]`; equal neighbours are read once.
+        """Sample on from sequences of tokens, each int64 `[L]`; equal ones (with equal images) are read once.
 
         Raises:
             ValueError: a sequence and its continuation would not fit the model.
         """
-        sampling = Sampling(
-            knobs["temperature"], int(knobs["top_k"]), knobs["top_p"], int(knobs["max_new_tokens"])
-        )  # fmt: skip
+        limit = int(knobs["max_new_tokens"])
+        sampling = Sampling(knobs["temperature"], int(knobs["top_k"]), knobs["top_p"], limit)
         self._check_room(max(len(start) for start in starts) + sampling.max_new_tokens)
         seeds = torch.randint(2**62, (len(starts),), generator=rng, device=rng.device).to(self.device)
         distinct, rows = _distinct(starts, images)
-        shown = None if images is None else {name: value[distinct] for name, value in images.items()}
-        return decode(
-            self.network, [starts[i].to(self.device) for i in distinct], rows.to(self.device), sampling, self.stop,
-            seeds, shown,
-        )  # fmt: skip
+        shown = None if images is None else {name: value[distinct].to(self.device) for name, value in images.items()}
+        prompts = [starts[place] for place in distinct]
+        return decode(self.network, prompts, rows.to(self.device), sampling, self.stop, seeds, shown)
 
     def decode(self, sequences: Sequence[Tensor]) -> list[str]:
         """The texts of token sequences, special tokens left out."""
@@ -247,70 +293,105 @@ class TokenPolicy(nn.Module):
         """The distribution of the policy's own steps (`loss_mask`), among `where` if it is given.
 
         Raises:
-            ValueError: the rollout was sampled at temperature 0, or an own step has nothing before it.
+            ValueError: an own step has nothing before it, or a sequence is longer than the model's.
         """
         where = rollout.loss_mask if where is None else where & rollout.loss_mask
-        temperature = rollout.knobs.get("temperature", torch.ones(len(rollout), device=self.device))
-        if bool((temperature <= 0).any()):
-            raise ValueError(
-                "TokenPolicy.distribution: the rollout was sampled with knob temperature = 0 (the likeliest token), "
-                "which has no log-probability; set temperature > 0 for training"
-            )
         if bool(where[:, 0].any()):
             raise ValueError("TokenPolicy.distribution: the first token of a sequence cannot be the policy's own step")
-        row, _ = where.nonzero(as_tuple=True)
+        if rollout.get("positions") is None:
+            self._check_room(rollout.steps)
+        temperature = None if rollout.logprobs is None else rollout.knobs.get("temperature", None)
+        if temperature is None:
+            temperature = torch.ones(len(rollout), device=where.device)
         kept = None if rollout.observations is None else rollout.observations["kept"][where]
         return TokenSteps(
-            where, rollout.actions[where], self._states(rollout), temperature[row], kept, self.network, dict(self.heads)
+            where, rollout.actions[where], self._hidden(rollout, where), temperature[where.nonzero()[:, 0]], kept,
+            self.network, dict(self.heads),
         )  # fmt: skip
 
-    def _states(self, rollout: Rollout) -> Tensor:
-        """`[B, T, D]`: the state before each token."""
-        table = rollout.columns
+    def _hidden(self, rollout: Rollout, where: Tensor) -> Tensor:
+        """`[B, T, D]`: the state before each token, up to the last step `where` it is asked for."""
         images = None if self.processor is None else self.processor(rollout.context)
-        visible = table.get("visible", None)
-        hidden = self.network.hidden(
-            rollout.actions,
-            mask=rollout.mask if images else None,
-            visible=None if visible is None else visible & torch.ones_like(visible).tril(),
-            positions=table.get("positions", None),
-            images=images,
-        )
-        return torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
+        # The tokens that must be read: those before a row's last step.
+        before = (where * torch.arange(rollout.steps, device=where.device)).amax(1)
+        if len(rollout) <= READ_AT_ONCE:
+            return self._read(rollout, images, slice(None), int(before.max()))
+        order = before.argsort()
+        parts = [self._read(rollout, images, rows, int(before[rows].max())) for rows in order.split(READ_AT_ONCE)]
+        return torch.cat(parts).index_select(0, order.argsort())
+
+    def _read(self, rollout: Rollout, images: Mapping[str, Tensor] | None, rows: Tensor | slice, length: int) -> Tensor:
+        """`[R, T, D]`: the state before each token of some rows, after reading their first `length` tokens."""
+        ids = rollout.actions[rows, :length]
+        if length == 0:
+            return torch.zeros(*rollout.actions[rows].shape, self.network.config.hidden_size, device=ids.device)
+        images = None if images is None else {name: value[rows] for name, value in images.items()}
+        visible, positions = rollout.get("visible"), rollout.get("positions")
+        if visible is not None:
+            visible = visible[rows, :length, :length].tril()
+        if positions is not None:
+            positions = positions[rows, :length]
+        elif images:
+            positions = self.network.positions(rollout.mask[rows, :length], ids, images)
+        hidden = self.network.hidden(ids, visible=visible, positions=positions, images=images)
+        return nn.functional.pad(hidden, (0, 0, 1, rollout.steps - 1 - length))
 
     def logprob(self, rollout: Rollout) -> Tensor:
         """Differentiable log-probability `[B, T]` of the policy's own tokens."""
         return self.distribution(rollout).logprob
 
-    def demonstrations(self, prompts: Sequence[str], answers: Sequence[str], end: bool = True) -> TensorDict:
+    def demonstrations(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        end: bool = True,
+        context: TensorDict | None = None,
+    ) -> TensorDict:
         """Answers that somebody else wrote, as rows for a `DatasetTask`: table `[N]` with the fields of a sample.
 
         Args:
             prompts, answers: texts.
             end: add the end-of-text token, which the policy then learns to give.
+            context: table `[N]` of what the `processor` reads.
+
+        Raises:
+            ValueError: not as many answers as prompts, an answer without tokens, or a sequence longer than the
+                model's.
         """
+        if len(prompts) != len(answers):
+            raise ValueError(f"demonstrations: {len(prompts)} prompts and {len(answers)} answers; expected one each")
         last = torch.tensor([self.tokenizer.eos_token_id] if end else [], dtype=torch.int64)
-        starts = [self.encode(prompt) for prompt in prompts]
+        images = None if self.processor is None else self.processor(TensorDict() if context is None else context)
+        starts = self._starts(prompts, images)
         bodies = [torch.cat([self.encode_answer(answer), last]) for answer in answers]
         lengths = torch.tensor([len(body) for body in bodies])
+        if not bool(lengths.all()):
+            raise ValueError(f"demonstrations: answer {int(lengths.argmin())} has no tokens; give it one, or end=True")
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         tokens = nn.utils.rnn.pad_sequence(bodies, batch_first=True)
         done = Completions(tokens, mask, torch.zeros(mask.shape), None, torch.ones(len(bodies), dtype=torch.bool))
         fields = Sequences.of(starts, [starts[0][:0]] * len(starts), done).fields(scored=False)
-        return TensorDict(fields, batch_size=[len(starts)])
+        self._check_room(fields["actions"].shape[1])
+        return TensorDict(fields | ({} if context is None else {"context": context}), batch_size=[len(starts)])
 
-    def reference(self) -> TokenPolicy:
+    def reference(self) -> TokenPolicy | WithoutAdapters:
         """A frozen policy with the present weights, or these weights with their adapters switched off."""
         if self.network.has_adapters:
-            return _WithoutAdapters(self)
+            return WithoutAdapters(self)
         return copy.deepcopy(self).requires_grad_(False).eval()
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens that a sequence may have, if the model has a limit (`max_position_embeddings`)."""
+        limit: int | None = getattr(self.network.config, "max_position_embeddings", None)
+        return limit
+
     def _check_room(self, tokens: int) -> None:
-        limit = getattr(self.network.config, "max_position_embeddings", None)
+        limit = self.longest
         if limit is not None and tokens > limit:
             raise ValueError(
-                f"TokenPolicy: a prompt and its answer may have {tokens} tokens, more than the {limit} of the model "
-                "(max_position_embeddings); lower the knob max_new_tokens or shorten the prompt"
+                f"TokenPolicy: a prompt with its answer has up to {tokens} tokens, expected no more than the model's "
+                f"{limit} (max_position_embeddings); lower the knob max_new_tokens, or shorten prompts and answers"
             )
 
     def extra_repr(self) -> str:
@@ -348,7 +429,7 @@ class Sequences:
         tokens = torch.zeros(mask.shape, dtype=torch.int64, device=device)
         tokens[first] = torch.cat([x for pair in zip(starts, prefixes, strict=True) for x in pair]).to(device)
         tokens[own] = answers.tokens[answers.mask]
-        logprobs = torch.zeros(mask.shape, device=device)
+        logprobs = answers.logprobs.new_zeros(mask.shape)
         logprobs[own] = answers.logprobs[answers.mask]
         kept = None
         if answers.kept is not None:
@@ -385,28 +466,46 @@ def _distinct(starts: Sequence[Tensor], images: Mapping[str, Tensor] | None) -> 
     return first, torch.tensor(rows)
 
 
-class _WithoutAdapters(TokenPolicy):
-    """A policy's base weights: the same network with its adapters off."""
+class WithoutAdapters(nn.Module):
+    """The base weights of a policy with adapters, as a frozen policy: the same network with its adapters off."""
 
     def __init__(self, policy: TokenPolicy) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         # A list keeps the policy out of this module's own parameters.
         self._policy = [policy]
         self.version = policy.version
 
     @property
-    def device(self) -> torch.device:
-        return self._policy[0].device
+    def knobs(self) -> tuple[Knob, ...]:
+        """Those of the policy."""
+        return self._policy[0].knobs
 
     def sample(self, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
+        """One answer per context."""
         policy = self._policy[0]
         with policy.network.adapters_disabled():
             return policy.sample(contexts, knobs, rng)
 
+    @torch.no_grad()
     def distribution(self, rollout: Rollout, where: Tensor | None = None) -> TokenSteps:
+        """See `TokenPolicy.distribution`; without gradient."""
         policy = self._policy[0]
-        with policy.network.adapters_disabled(), torch.no_grad():
-            return policy.distribution(rollout, where)
+        with policy.network.adapters_disabled():
+            steps = policy.distribution(rollout, where)
+            # Now, not when they are asked for: the output layer may have adapters.
+            _ = steps.logits
+            return steps
+
+    def logprob(self, rollout: Rollout) -> Tensor:
+        """Log-probability `[B, T]` of the policy's own tokens."""
+        return self.distribution(rollout).logprob
 
     def reference(self) -> Self:
+        """Itself."""
         return self
+
+
+def _further_ends(model: Any, end: int) -> list[int]:
+    """Tokens that end an answer beside the tokenizer's own, where the model's settings for generation name it too."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return named if isinstance(named, list) and end in named else []
