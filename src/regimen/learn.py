@@ -78,7 +78,7 @@ class Learner:
         for start in range(0, len(rollout), size):
             rows = slice(start, start + size)
             part = rollout if size >= len(rollout) else rollout[rows]
-            batch = Batch(part, cast, knobs, rng, normaliser=rollout.loss_mask, rows=rows)
+            batch = Batch(part, cast, knobs, rng, whole=rollout, rows=rows)
             loss = self.update.objective(batch)
             if loss.total.requires_grad:
                 loss.total.backward()

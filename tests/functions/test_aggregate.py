@@ -30,7 +30,7 @@ def test_horizon_replaces_the_padded_length() -> None:
 def test_nothing_to_learn_from_weighs_nothing() -> None:
     empty = torch.zeros(2, 3, dtype=torch.bool)
     for aggregate in get_args(Aggregate):
-        assert aggregate_weights(empty, aggregate).sum() == 0
+        assert aggregate_weights(empty, aggregate, segment=torch.zeros(2, 3, dtype=torch.int64)).sum() == 0
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=2, max_size=7), st.integers(1, 6))
@@ -38,7 +38,7 @@ def test_any_split_sums_to_the_whole(rows: list[list[bool]], cut: int) -> None:
     mask = torch.tensor(rows)
     loss = torch.arange(mask.numel(), dtype=torch.float32).view(mask.shape)
     for aggregate in get_args(Aggregate):
-        weights = aggregate_weights(mask, aggregate)
+        weights = aggregate_weights(mask, aggregate, segment=torch.arange(3).expand_as(mask) // 2)
         parts = [(loss[rows] * weights[rows]).sum() for rows in (slice(0, cut), slice(cut, None))]
         assert float(sum(parts)) == pytest.approx(float((loss * weights).sum()), rel=1e-5)
 
@@ -54,7 +54,26 @@ def test_masked_mean() -> None:
 def test_bad_inputs_are_named() -> None:
     with pytest.raises(ValueError, match=r"mask has shape \[3\], expected \[B, T\]"):
         aggregate_weights(torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="'mean' is not one of sequence, token, constant"):
+    with pytest.raises(ValueError, match="'mean' is not one of sequence, segment, token, constant"):
         aggregate_weights(MASK, "mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="horizon is 0, expected at least 1"):
         aggregate_weights(MASK, "constant", horizon=0)
+
+
+def test_segment_weights_by_hand() -> None:
+    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    segment = torch.tensor([[1, 1, 2, 3], [1, 2, 2, 2]])
+    # Four segments have steps: {1, 1}, {2}, {1}, {2}.
+    expected = torch.tensor([[1 / 8, 1 / 8, 1 / 4, 0], [1 / 4, 1 / 4, 0, 0]])
+    torch.testing.assert_close(aggregate_weights(mask, "segment", segment=segment), expected)
+
+
+def test_one_segment_per_sample_is_the_mean_per_sequence() -> None:
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    segment = torch.tensor([[4, 4, 4], [0, 0, 0], [7, 7, 7]])
+    torch.testing.assert_close(aggregate_weights(mask, "segment", segment=segment), aggregate_weights(mask))
+
+
+def test_segment_weights_without_segments_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'segment' needs segments \[1, 2\], given are none"):
+        aggregate_weights(torch.ones(1, 2, dtype=torch.bool), "segment")

@@ -77,7 +77,7 @@ def test_slices_sum_to_the_whole() -> None:
     whole = data(images)
     total = 0.0
     for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
-        batch = batch_of(policy, whole[rows], normaliser=whole.loss_mask, rows=rows)
+        batch = batch_of(policy, whole[rows], whole=whole, rows=rows)
         total += float(FlowMatchingObjective()(batch).total.detach())
     assert total == pytest.approx(float(images.square().mean()), rel=0.01)
 

@@ -164,7 +164,7 @@ def test_distribution_is_asked_at_the_steps_that_are_learned_from() -> None:
 def test_share_is_a_slices_part_of_the_minibatch() -> None:
     whole = batch()
     assert whole.share == 1
-    part = Batch(whole.rollout[:1], {}, {}, whole.rng, normaliser=whole.rollout.loss_mask, rows=slice(0, 1))
+    part = Batch(whole.rollout[:1], {}, {}, whole.rng, whole=whole.rollout, rows=slice(0, 1))
     assert part.share == 0.5
     torch.testing.assert_close(part.weights("token"), torch.full((1, 3), 1 / 6))
 

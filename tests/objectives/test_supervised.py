@@ -73,7 +73,7 @@ def test_slices_sum_to_the_whole(aggregate: Any) -> None:
     rollout = text(torch.tensor([[0] * 4, [1] * 4]), MASK, w=torch.tensor([0.5, 2.0]))
     objective = SFTObjective(aggregate, weight="w")
     parts = [
-        objective(Batch(rollout[rows], {"policy": policy}, {}, torch.Generator(), rollout.loss_mask, rows)).total
+        objective(Batch(rollout[rows], {"policy": policy}, {}, torch.Generator(), rollout, rows)).total
         for rows in (slice(0, 1), slice(1, 2))
     ]
     torch.testing.assert_close(parts[0] + parts[1], loss_of(objective, rollout, policy))

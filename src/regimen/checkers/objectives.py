@@ -47,12 +47,12 @@ def _ask(
     findings: Findings,
     seed: int = 0,
     rng: torch.Generator | None = None,
-    normaliser: Tensor | None = None,
+    whole: Rollout | None = None,
     rows: slice = slice(None),
 ) -> Loss:
     knobs = declared_knobs({objective.term_name: objective}, setting.values)
     rng = torch.Generator(rollout.mask.device).manual_seed(seed) if rng is None else rng
-    batch = Batch(rollout, setting.cast, knobs, rng, normaliser=normaliser, rows=rows)
+    batch = Batch(rollout, setting.cast, knobs, rng, whole=whole, rows=rows)
     with torch.enable_grad():
         return findings.attempt(f"objective '{objective.term_name}'", lambda: objective(batch))
 
@@ -91,7 +91,7 @@ def _check_slices(objective: Objective, rollout: Rollout, setting: Setting, find
         cut = max(1, len(rollout) // 3)
         parts = [slice(0, cut), slice(cut, len(rollout))]
         losses = [
-            _ask(objective, rollout[rows], setting, findings, rng=rng, normaliser=rollout.loss_mask, rows=rows)
+            _ask(objective, rollout[rows], setting, findings, rng=rng, whole=rollout, rows=rows)
             for rows in parts
         ]
         return sum(float(loss.total.detach()) for loss in losses)

@@ -20,8 +20,8 @@ from regimen.rollout import Rollout
 class Batch:
     """What an objective computes its loss from.
 
-    It may be a slice of a larger minibatch whose gradients are accumulated: `normaliser` is the whole
-    minibatch's loss mask and `rows` says which of its rows are here, so that the losses of all slices sum to the
+    It may be a slice of a larger minibatch whose gradients are accumulated: `whole` is that
+    minibatch and `rows` says which of its rows are here, so that the losses of all slices sum to the
     loss of the whole.
 
     Attributes:
@@ -35,19 +35,19 @@ class Batch:
     cast: Mapping[str, Any]
     knobs: Mapping[str, float]
     rng: torch.Generator
-    normaliser: Tensor | None = None
+    whole: Rollout | None = None
     rows: slice = field(default_factory=lambda: slice(None))
     _distributions: dict[str, StepDistribution] = field(default_factory=dict)
 
     def weights(self, aggregate: Aggregate, horizon: int | None = None) -> Tensor:
         """`[B, T]`: the sum of a loss per step under these weights is its aggregate over the minibatch."""
-        whole = self.rollout.loss_mask if self.normaliser is None else self.normaliser
-        return aggregate_weights(whole, aggregate, horizon)[self.rows]
+        whole = self.rollout if self.whole is None else self.whole
+        return aggregate_weights(whole.loss_mask, aggregate, horizon, whole.segment)[self.rows]
 
     @property
     def share(self) -> float:
         """This slice's share of the minibatch's samples, for losses that are means over samples."""
-        return 1.0 if self.normaliser is None else len(self.rollout) / len(self.normaliser)
+        return 1.0 if self.whole is None else len(self.rollout) / len(self.whole)
 
     def distribution(self, member: str = "policy") -> StepDistribution:
         """A member's distribution at the steps that are learned from, computed once for all objectives.
