@@ -94,7 +94,7 @@ def test_micro_batches_add_up() -> None:
     whole = objective(batch_of(rollout, critic=critic)).total
     parts = [slice(0, 2), slice(2, 5)]
     cut = [
-        objective(Batch(rollout[s], {"critic": critic}, {}, torch.Generator(), rollout.loss_mask, s)).total
+        objective(Batch(rollout[s], {"critic": critic}, {}, torch.Generator(), rollout, s)).total
         for s in parts
     ]
     assert torch.allclose(sum(cut), whole)  # type: ignore[arg-type]
