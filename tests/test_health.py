@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from regimen.credit import GroupRelativeAdvantage
 from regimen.health import SILENT_AFTER, HealthMonitor, flat_groups
 from regimen.rewards.base import FAILED, NOT_APPLICABLE, SCORED
 from regimen.rollout import Rollout
@@ -182,3 +183,23 @@ def test_flat_groups_sum_a_reward_per_step(tiny_rollout: Build) -> None:
     per_step = torch.zeros(6, 4)
     per_step[torch.arange(6), torch.arange(6) % 4] = torch.tensor([1.0, 1, 1, 2, 0, 0])
     assert flat_groups(judged(tiny_rollout, per_step)) == pytest.approx(2 / 3)
+
+
+def test_groups_with_advantages_are_flat_where_all_of_them_are_0(tiny_rollout: Build) -> None:
+    """Equal rewards may teach, by a critic: an environment that pays 1 at every step."""
+    advantages = torch.zeros(6, 4)
+    rollout = judged(tiny_rollout, torch.ones(6), advantages=advantages)
+    assert flat_groups(rollout) == 1
+    advantages[0, 3] = advantages[5, 0] = -0.1
+    assert flat_groups(judged(tiny_rollout, torch.ones(6), advantages=advantages)) == pytest.approx(1 / 3)
+    loss_mask = torch.ones(6, 4, dtype=torch.bool)
+    loss_mask[0, 3] = False
+    assert flat_groups(judged(tiny_rollout, advantages=advantages, loss_mask=loss_mask)) == pytest.approx(2 / 3)
+    of_regions = advantages[..., None, None].expand(6, 4, 2, 2).clone()
+    assert flat_groups(judged(tiny_rollout, advantages=of_regions)) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("reward", [[0, 1, 0, 1, 0, 1], [1, 1, 0.1, 0.1, 0, 1], [0.7, 0.7, 0.1, 0.1, 3, 3]])
+def test_group_relative_advantages_are_flat_where_the_rewards_are(tiny_rollout: Build, reward: list[float]) -> None:
+    rollout = judged(tiny_rollout, torch.tensor(reward).float())
+    assert flat_groups(GroupRelativeAdvantage()(rollout, {}, {})) == flat_groups(rollout)

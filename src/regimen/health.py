@@ -103,16 +103,21 @@ class HealthMonitor:
 
 
 def flat_groups(rollout: Rollout) -> float:
-    """Share of groups (of two samples or more) whose members all have the same total reward.
+    """Share of groups (of two samples or more) that teach nothing.
 
-    Samples that left the loss count nowhere.
+    With advantages, those are the groups in which all of them are 0, as group-relative credit makes them for equal
+    rewards; a credit that compares with something else may learn from equal ones. Without advantages, they are the
+    groups whose members all have the same total reward. Samples that left the loss count nowhere.
     """
     judged = rollout.loss_mask.any(1)
-    total = rollout.reward if rollout.reward.ndim == 1 else (rollout.reward * rollout.mask).sum(1)
-    total, group = total[judged], rollout.group[judged]
-    _, index, size = group.unique(return_inverse=True, return_counts=True)
-    start = torch.full((len(size),), torch.inf, device=total.device)
-    low = start.scatter_reduce(0, index, total, "amin")
-    high = (-start).scatter_reduce(0, index, total, "amax")
+    _, index, size = rollout.group[judged].unique(return_inverse=True, return_counts=True)
+    if rollout.advantages is not None:
+        teaching = (rollout.advantages != 0).flatten(1).view(*rollout.mask.shape, -1).any(2) & rollout.loss_mask
+        flat = torch.zeros_like(size).index_add(0, index, teaching.any(1)[judged].long()) == 0
+    else:
+        total = rollout.reward if rollout.reward.ndim == 1 else (rollout.reward * rollout.mask).sum(1)
+        start = torch.full((len(size),), torch.inf, device=total.device)
+        low = start.scatter_reduce(0, index, total[judged], "amin")
+        flat = (-start).scatter_reduce(0, index, total[judged], "amax") == low
     several = size > 1
-    return float(((high == low) & several).sum() / several.sum().clamp(min=1))
+    return float((flat & several).sum() / several.sum().clamp(min=1))

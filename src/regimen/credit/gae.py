@@ -21,10 +21,10 @@ Normalize = Literal["batch", "task"]
 class GAE:
     """Advantages and value targets from a critic; see `regimen.functions.gae`.
 
-    Reads the rollout's reward (`[B]` counts at the last existing step), its `discount`, and optional columns
-    `bootstrap` and `cut` where samples were cut short; without a `bootstrap`, the critic is asked for the value of
-    `next_observations` (as an `EnvTask` records them) after those steps and after the last one. Steps that exist but
-    are not learned from are passed through.
+    Reads the rollout's reward (`[B]` counts at the last existing step), its `discount`, and optional columns `cut`,
+    steps after which a sample was cut short, and `bootstrap`, the values after them; without a `bootstrap`, the critic
+    is asked for the value of `next_observations` (as an `EnvTask` records them) there. Steps that exist but are not
+    learned from are passed through.
     Monte-Carlo returns are `GAE(lam=1)`.
 
     Attributes:
@@ -83,25 +83,27 @@ class GAE:
                 f"and the cast no member '{self.critic}' (it has: {', '.join(cast)}); add a critic to the cast, or use "
                 "GroupRelativeAdvantage, which needs none"
             )
+        return self._asked(rollout, cast)
+
+    def _asked(self, rollout: Rollout, cast: Mapping[str, Any]) -> Tensor:
         source = rollout if self.reads is None else cast[self.reads].distribution(rollout, rollout.mask).hidden
         values: Tensor = cast[self.critic](source)
         return values
 
     def _bootstrap(self, rollout: Rollout, cast: Mapping[str, Any]) -> Tensor | None:
         """Values after the steps at which a sample is cut, `[B, T]`, as recorded or as the critic sees them."""
-        recorded, after = _column(rollout, "bootstrap"), _column(rollout, "next_observations")
-        if recorded is not None or after is None or self.reads is not None or self.critic not in cast:
+        recorded, cut = _column(rollout, "bootstrap"), _column(rollout, "cut")
+        if recorded is not None or cut is None:
             return recorded
-        ends = torch.zeros_like(rollout.mask) if (cut := _column(rollout, "cut")) is None else cut.clone()
-        ends[:, -1] = rollout.mask[:, -1]
-        beyond = Rollout.create(
-            task=rollout.task_names[0],
-            group=torch.zeros(int(ends.sum()), dtype=torch.int64, device=ends.device),
-            mask=torch.ones(int(ends.sum()), 1, dtype=torch.bool, device=ends.device),
-            observations=after[ends][:, None],
-        )
-        values: Tensor = cast[self.critic](beyond).to(rollout.discount.dtype)
-        return torch.zeros_like(rollout.discount).masked_scatter(ends, values)
+        if _column(rollout, "next_observations") is None or self.critic not in cast:
+            raise ValueError(
+                f"GAE needs the values after the steps where samples of task {'/'.join(rollout.task_names)} were cut "
+                f"(column 'cut'): record them as a column 'bootstrap' [B, T], or give the rollout a column "
+                f"'next_observations' and the cast a member '{self.critic}' to ask"
+            )
+        beyond = _beyond(rollout, cut)
+        values = self._asked(beyond, cast).gather(1, beyond.lengths[:, None] - 1)
+        return torch.zeros_like(rollout.discount).masked_scatter(cut, values.to(rollout.discount.dtype))
 
     def _normalized(self, advantages: Tensor, rollout: Rollout) -> Tensor:
         """Standardising over steps is being better than the other steps of the same batch or task."""
@@ -113,6 +115,23 @@ class GAE:
             include=rollout.loss_mask.flatten(),
         )
         return standard.view_as(advantages)
+
+
+def _beyond(rollout: Rollout, cut: Tensor) -> Rollout:
+    """What was seen after each cut, as the last step of a sample of its own.
+
+    Where a policy has memory, the steps that lead there come before it; otherwise the sample is that step alone.
+    """
+    if _column(rollout, "memory") is None:
+        steps = rollout.unrolled(cut)
+        return steps.replace(observations=steps["next_observations"])
+    row, step = cut.nonzero(as_tuple=True)
+    longer = rollout[row].padded(rollout.steps + 1)
+    mask = torch.arange(longer.steps, device=step.device) <= step[:, None] + 1
+    observations, start = longer.observations.clone(), longer["start"] & mask
+    place = torch.arange(len(row), device=step.device), step + 1
+    observations[place], start[place] = rollout["next_observations"][row, step], False
+    return longer.replace(observations=observations, mask=mask).with_step_columns(start=start)
 
 
 def _column(rollout: Rollout, name: str) -> Tensor | None:

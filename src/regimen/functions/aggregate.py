@@ -68,3 +68,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     if values.shape != mask.shape:
         raise ValueError(f"masked_mean: values {list(values.shape)} and mask {list(mask.shape)} differ")
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
+def mean_of(values: Tensor) -> Tensor:
+    """Mean of all values, `[]`; 0 of none."""
+    return values.sum() / max(values.numel(), 1)

@@ -12,7 +12,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
-_NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 _QUANTITY = re.compile(
     rf"([-+]?)\s*\\?[$€£¥]?\s*([-+]?)({_NUMBER})(?:\s*/\s*({_NUMBER}))?(?:\s*\\?%|\s*[^\W\d][^\d]*|\s*\.)?"
 )
@@ -119,7 +119,7 @@ def to_number(text: str) -> float | None:
     not scale) and trailing units without digits (`12 apples`).
     """
     match = _QUANTITY.fullmatch(text.strip())
-    if match is None or not any(ch.isdigit() for ch in match[3]):
+    if match is None:
         return None
     sign = -1.0 if "-" in match[1] + match[2] else 1.0
     below = _plain(match[4]) if match[4] else 1.0

@@ -49,11 +49,13 @@ def discounted_return(
     return torch.where(path.mask, _scan(path.gained, path.onward), 0)
 
 
-def n_step_return(rewards: Tensor, discount: Tensor, n: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def n_step_return(
+    rewards: Tensor, discount: Tensor, n: int, mask: Tensor | None = None, *, cut: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum of the next `n` rewards, and what the value of the state after them is multiplied by.
 
     `R_t = sum_{i<n} (prod_{j<i} discount_{t+j}) r_{t+i}` and `D_t = prod_{i<n} discount_{t+i}` (Sutton 1988); fewer
-    terms where the sample ends earlier. `n_step_target` adds the value.
+    terms where the sample ends or is cut earlier. `n_step_target` adds the value; `n_step_last` says after which step.
 
     Returns:
         `R` and `D`, each `[B, T]`, 0 at steps that do not exist.
@@ -64,11 +66,35 @@ def n_step_return(rewards: Tensor, discount: Tensor, n: int, mask: Tensor | None
     if n < 1:
         raise ValueError(f"n_step_return: n is {n}, expected at least 1")
     path = _Path("n_step_return", rewards, discount, mask)
-    total, factor = torch.zeros_like(path.rewards), torch.ones_like(path.discount)
+    onward = torch.ones_like(path.discount)
+    if cut is not None:
+        path.check("cut", cut)
+        onward = torch.where(cut & path.mask, 0, onward)
+    total, factor, goes_on = torch.zeros_like(path.rewards), torch.ones_like(path.discount), torch.ones_like(onward)
     for ahead in range(min(n, rewards.shape[1])):
-        total = total + factor * _shifted(path.rewards, ahead)
-        factor = factor * _shifted(path.discount, ahead, 1.0)
+        total = total + goes_on * factor * _shifted(path.rewards, ahead)
+        factor = torch.where(goes_on > 0, factor * _shifted(path.discount, ahead, 1.0), factor)
+        goes_on = goes_on * _shifted(onward, ahead, 1.0)
     return torch.where(path.mask, total, 0), torch.where(path.mask, factor, 0)
+
+
+def n_step_last(n: int, mask: Tensor, cut: Tensor | None = None) -> Tensor:
+    """Index of the last step whose reward is in each step's n-step sum, int64 `[B, T]`; see `n_step_return`.
+
+    The step `n - 1` further on, or an earlier one at which the sample ends or is cut; its own at steps that do not
+    exist.
+
+    Raises:
+        ValueError: unequal shapes, or `n` below 1.
+    """
+    if n < 1 or (cut is not None and cut.shape != mask.shape):
+        shown = "" if cut is None else f", cut has shape {list(cut.shape)}"
+        raise ValueError(f"n_step_last: n is {n}, mask has shape {list(mask.shape)}{shown}; expected n >= 1 and equal")
+    step = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    ends = mask & ~pad(mask[:, 1:], (0, 1))
+    ends = ends if cut is None else ends | (cut & mask)
+    stop = torch.where(ends, step, mask.shape[1]).flip(1).cummin(1).values.flip(1)
+    return torch.where(mask, torch.minimum(step + n - 1, stop), step)
 
 
 def n_step_target(

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import gymnasium.spaces as spaces
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ class CategoricalHead(nn.Module):
 class GaussianHead(nn.Module):
     """Features to a Gaussian over `size` numbers; its deviation is a parameter, or depends on the features."""
 
+    low: Tensor
+    high: Tensor
+
     def __init__(
         self,
         width: int,
@@ -43,7 +47,7 @@ class GaussianHead(nn.Module):
         *,
         log_std: float = 0.0,
         learned_std: bool = False,
-        squash: bool = False,
+        box: tuple[Any, Any] | None = None,
         gain: float = 0.01,
     ) -> None:
         """Make the head.
@@ -53,21 +57,35 @@ class GaussianHead(nn.Module):
             size: of an action.
             log_std: at the start, the logarithm of the deviation.
             learned_std: the deviation depends on the features, with its logarithm kept in [-5, 2].
-            squash: into (-1, 1).
+            box: bounds (low, high), numbers or `[size]`, that actions are squashed into; by default they have none.
             gain: of the mean's weights.
+
+        Raises:
+            ValueError: bounds that are not finite, or not in order.
         """
         super().__init__()
-        self.mean, self.squash = orthogonal(nn.Linear(width, size), gain), squash
+        self.mean, self.squash = orthogonal(nn.Linear(width, size), gain), box is not None
+        if box is not None:
+            low, high = (torch.as_tensor(bound, dtype=torch.float32).expand(size).clone() for bound in box)
+            if not bool((low < high).all() and (high - low).isfinite().all()):
+                raise ValueError(
+                    f"GaussianHead: actions are squashed into the box from {low.tolist()} to {high.tolist()}; expected "
+                    "finite bounds, low below high; leave the box out, or bound the environment's actions"
+                )
+            self.register_buffer("low", low)
+            self.register_buffer("high", high)
         self.scale = orthogonal(nn.Linear(width, size), gain) if learned_std else None
-        self.log_std = nn.Parameter(torch.full((size,), log_std)) if not learned_std else None
+        if self.scale is None:
+            self.log_std = nn.Parameter(torch.full((size,), log_std))
+        else:
+            nn.init.constant_(self.scale.bias, log_std)
 
     def forward(self, features: Tensor, temperature: Tensor | float = 1.0) -> Gaussian | SquashedGaussian:
         """The deviation is multiplied by the temperature."""
         mean = self.mean(features)
         log_std = self.log_std if self.scale is None else self.scale(features).clamp(-5, 2)
-        assert log_std is not None, "one of the two is there"
         std = log_std.exp().expand_as(mean) * temperature
-        return SquashedGaussian(mean, std) if self.squash else Gaussian(mean, std)
+        return SquashedGaussian(mean, std, self.low, self.high) if self.squash else Gaussian(mean, std)
 
 
 @dataclass(frozen=True)
@@ -75,12 +93,14 @@ class Acted:
     """What a policy does in one step of `N` copies.
 
     Attributes:
-        actions: `[N, ...]`; logprobs: `[N]`, none at temperature 0; memory: `[N, H]` of a recurrent policy.
+        actions: `[N, ...]`.
+        logprobs: `[N]`; none at temperature 0, or of a deterministic policy.
+        memory: `[N, ...]`, what a policy with memory keeps for its next step.
     """
 
     actions: Tensor
-    logprobs: Tensor | None
-    memory: Tensor | None
+    logprobs: Tensor | None = None
+    memory: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +109,7 @@ class ActionSteps:
 
     Attributes:
         where: bool `[B, T]`, the `R` steps that are described, in row order.
-        actions: `[R, ...]`; features: `[B, T, D]`; described: the distribution at those steps.
+        actions: `[R, ...]`; features: `[R, D]`; described: the distribution at those steps.
     """
 
     where: Tensor
@@ -97,10 +117,11 @@ class ActionSteps:
     features: Tensor
     described: ActionDistribution
 
-    @property
+    @cached_property
     def hidden(self) -> Tensor:
-        """`[B, T, D]`, features, for critics and other heads."""
-        return self.features
+        """`[B, T, D]`, features, 0 at steps left out; for critics and other heads."""
+        wide = self.features.new_zeros(*self.where.shape, self.features.shape[-1])
+        return wide.masked_scatter(self.where[..., None], self.features)
 
     @cached_property
     def logprob(self) -> Tensor:
@@ -122,14 +143,15 @@ class ActionSteps:
         return self._spread(self.described.kl(other.described))
 
     def _spread(self, values: Tensor) -> Tensor:
-        return torch.zeros(self.where.shape, device=values.device).masked_scatter(self.where, values)
+        return values.new_zeros(self.where.shape).masked_scatter(self.where, values)
 
 
 class ActionPolicy(nn.Module):
     """A controller: a torso, perhaps a recurrent core, and a head over actions.
 
-    It acts in environments (`EnvTask`). A recurrent policy is scored by replaying a sample from what it remembered
-    before its first step (column `memory`), forgetting where an episode begins (column `start`).
+    It acts in environments (`EnvTask`), or once in each context (`sample`). A policy with memory is scored by replaying
+    a sample from what it remembered before its first step (column `memory`), forgetting where an episode begins (step
+    column `start`).
     """
 
     def __init__(
@@ -146,7 +168,8 @@ class ActionPolicy(nn.Module):
             torso: observations `[R, ...]` to features `[R, D]`.
             head: features and temperature to an `ActionDistribution`.
             core: a recurrent cell from the torso's features to its own.
-            backpropagate: steps that gradients go back through the core; all by default.
+            backpropagate: gradients go back through the core no further than to the last step, counted from the
+                sample's start, whose number is a multiple of this; through the whole sample by default.
 
         Raises:
             ValueError: `backpropagate` is below 1, or there is no core.
@@ -166,41 +189,49 @@ class ActionPolicy(nn.Module):
         observations: spaces.Space[Any],
         actions: spaces.Space[Any],
         *,
+        reads: Sequence[str] | None = None,
         widths: Sequence[int] = (64, 64),
         recurrent: int | None = None,
+        backpropagate: int | None = None,
         squash: bool = False,
         learned_std: bool = False,
     ) -> Self:
-        """The policy that fits an environment's spaces.
+        """The policy that fits an environment's spaces (`EnvTask.spaces`).
 
         Args:
-            observations, actions: of one copy; actions are `Discrete`, or a `Box` of numbers.
+            observations, actions: of one copy; actions are `Discrete`, or a `Box` of numbers `[A]`.
+            reads: of a table of observations, the entries that the policy sees; all by default.
             widths: of a fully connected torso.
             recurrent: width of a recurrent core, if there should be one.
-            squash, learned_std: see `GaussianHead`.
+            backpropagate: see above.
+            squash: keep numbers inside the bounds of their space by squashing. Without it they are Gaussian, and the
+                environment clips them.
+            learned_std: see `GaussianHead`.
 
         Raises:
             ValueError: a space that no torso or head fits.
         """
-        torso = torso_for(observations, widths)
+        torso = torso_for(observations, widths, reads)
         width = cast(int, torso.width)
         core = None if recurrent is None else nn.GRUCell(width, recurrent)
         width = width if recurrent is None else recurrent
-        if isinstance(actions, spaces.Discrete):
-            return cls(torso, CategoricalHead(width, int(actions.n)), core=core)
-        if isinstance(actions, spaces.Box) and len(actions.shape) == 1:
-            head = GaussianHead(width, actions.shape[0], squash=squash, learned_std=learned_std)
-            return cls(torso, head, core=core)
-        raise ValueError(f"ActionPolicy: no head for actions of kind {type(actions).__name__} ({actions}); give a head")
+        head: nn.Module
+        if isinstance(actions, spaces.Discrete) and actions.start == 0:
+            head = CategoricalHead(width, int(actions.n))
+        elif isinstance(actions, spaces.Box) and len(actions.shape) == 1 and np.issubdtype(actions.dtype, np.floating):
+            box = (actions.low, actions.high) if squash else None
+            head = GaussianHead(width, actions.shape[0], box=box, learned_std=learned_std)
+        else:
+            raise ValueError(
+                f"ActionPolicy: no head for the actions {actions}; expected Discrete(n) from 0, or a Box of numbers "
+                "[A]; give a head of your own, or wrap the environment"
+            )
+        return cls(torso, head, core=core, backpropagate=backpropagate)
 
     @property
     def device(self) -> torch.device:
         """Where the policy's weights are."""
         return next(self.parameters()).device
-
-    def sample(self, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
-        """Refused: it acts in an environment, step by step."""
-        raise NotImplementedError("ActionPolicy samples by acting in an environment; collect with an EnvTask")
 
     @torch.no_grad()
     def act(
@@ -211,29 +242,44 @@ class ActionPolicy(nn.Module):
         knobs: Mapping[str, float],
         rng: torch.Generator,
     ) -> Acted:
-        """One action for each of `N` copies.
+        """One action for each of `N` copies, on the device of `begins`.
 
         Args:
             observations: `[N, ...]`.
-            memory: what it returned at the step before.
+            memory: what it returned at the step before; `None` before the first.
             begins: bool `[N]`, copies at the start of an episode, of which it forgets the rest.
             knobs: `temperature`; 0 takes the likeliest action, which has no log-probability.
             rng: random stream.
         """
         features = self.torso(observations.to(self.device))
         if self.core is not None:
-            memory = self._before(memory, features)
-            features = memory = self._remember(features, memory, begins.to(self.device))
+            features = memory = self._remember(features, self._before(memory, features), begins.to(self.device))
         temperature = knobs["temperature"]
         described = self._head()(features, temperature or 1.0)
         if temperature == 0:
             return Acted(described.mode().to(begins.device), None, memory)
-        if isinstance(described, SquashedGaussian):
-            actions, logprobs = described.sample_with_logprob(rng)
-        else:
-            actions = described.sample(rng)
-            logprobs = described.logprob(actions)
-        return Acted(actions.to(begins.device), logprobs.to(begins.device), memory)
+        actions = described.sample(rng)
+        return Acted(actions.to(begins.device), described.logprob(actions).to(begins.device), memory)
+
+    def sample(self, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
+        """One action in each context, see `one_action_each`."""
+        return one_action_each(self, contexts, knobs, rng)
+
+    def propose(self, observations: Observations, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Actions `[R, ...]` at observations `[R, ...]`, drawn at temperature 1, and their log-probabilities `[R]`.
+
+        Both with a gradient; see `propose` of the distributions.
+
+        Raises:
+            NotImplementedError: the actions are discrete, or the policy has memory.
+        """
+        if self.core is not None:
+            raise NotImplementedError(
+                "ActionPolicy.propose: a policy with memory is not told what it remembered before an observation; "
+                "off-policy actor-critics need one without a core"
+            )
+        proposed: tuple[Tensor, Tensor] = self._head()(self.torso(observations), 1.0).propose(rng)
+        return proposed
 
     def distribution(self, rollout: Rollout, where: Tensor | None = None) -> ActionSteps:
         """The distribution at the recorded observations.
@@ -251,19 +297,9 @@ class ActionPolicy(nn.Module):
             )
         where = rollout.mask if where is None else where
         row, step = where.nonzero(as_tuple=True)
-        features, described = self._features(rollout, where)
-        spread = temperature[row]
-        scale = spread[:, None] if not bool((spread == 1).all()) else 1.0
-        return ActionSteps(where, rollout.actions[row, step], features, self._head()(described, scale))
-
-    def _features(self, rollout: Rollout, where: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, T, D]` features, 0 where they are not asked for, and those `[R, D]` that are."""
-        if self.core is None:
-            found = self.torso(rollout.observations[where])
-            wide = found.new_zeros(*where.shape, found.shape[-1])
-            return wide.masked_scatter(where[..., None], found), found
-        features = self._replayed(rollout)
-        return features, features[where]
+        features = self.torso(rollout.observations[row, step]) if self.core is None else self._replayed(rollout)[where]
+        scale = 1.0 if bool((temperature == 1).all()) else temperature[row][:, None]
+        return ActionSteps(where, rollout.actions[row, step], features, self._head()(features, scale))
 
     def _replayed(self, rollout: Rollout) -> Tensor:
         """`[B, T, H]`: the recurrent core over the samples, from what it remembered before them."""
@@ -280,7 +316,9 @@ class ActionPolicy(nn.Module):
 
     def _before(self, memory: Tensor | None, features: Tensor) -> Tensor:
         assert self.core is not None, "only asked where there is a core"
-        return features.new_zeros(len(features), self.core.hidden_size) if memory is None else memory
+        if memory is None:
+            return features.new_zeros(len(features), self.core.hidden_size)
+        return memory.to(features.device)
 
     def _remember(self, features: Tensor, memory: Tensor, begins: Tensor) -> Tensor:
         assert self.core is not None, "only asked where there is a core"
@@ -306,3 +344,51 @@ class ActionPolicy(nn.Module):
     def reference(self) -> ActionPolicy:
         """A frozen policy with the present weights."""
         return copy.deepcopy(self).requires_grad_(False).eval()
+
+
+class _Acting(Protocol):
+    """As much of a policy as acts once."""
+
+    version: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def act(
+        self,
+        observations: Observations,
+        memory: Tensor | None,
+        begins: Tensor,
+        knobs: Mapping[str, float],
+        rng: torch.Generator,
+    ) -> Acted: ...
+
+
+def one_action_each(policy: _Acting, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
+    """One action in each context, a sample of one step: a contextual bandit.
+
+    A context holds what is observed under the name `observation`.
+
+    Raises:
+        ValueError: the contexts have no such column.
+    """
+    seen = contexts.get("observation", None)
+    if seen is None:
+        raise ValueError(
+            f"{type(policy).__name__}.sample: contexts have the columns {', '.join(contexts.keys()) or 'none'}, "
+            "expected 'observation'; to act step by step in an environment, collect with an EnvTask"
+        )
+    begins = torch.ones(len(contexts), dtype=torch.bool, device=policy.device)
+    acted = policy.act(seen, None, begins, knobs, rng)
+    scored = {} if acted.logprobs is None else {"logprobs": acted.logprobs[:, None]}
+    return Rollout.create(
+        task="policy",
+        group=torch.arange(len(contexts), device=policy.device),
+        mask=begins[:, None],
+        context=contexts,
+        observations=seen.unsqueeze(1),
+        actions=acted.actions[:, None],
+        knobs=knobs,
+        version=torch.full((len(contexts),), policy.version, device=policy.device),
+        **scored,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ class ActionDistribution(Protocol):
 
     def sample(self, rng: torch.Generator) -> Tensor:
         """Actions `[R, ...]`, drawn; with a gradient where the distribution has one (continuous actions)."""
+        ...
+
+    def propose(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Actions `[R, ...]`, drawn, and their log-probabilities `[R]`, both with a gradient (continuous actions)."""
         ...
 
     def mode(self) -> Tensor:
@@ -57,6 +61,13 @@ class Categorical:
         uniform = torch.rand(len(self.logits), generator=rng, device=rng.device)
         return sample_tokens(self.logits, uniform.to(self.logits.device))
 
+    def propose(self, rng: torch.Generator) -> NoReturn:
+        """Refused: a number of an action has no gradient."""
+        raise NotImplementedError(
+            "Categorical actions are drawn without a gradient, which an actor-critic such as SAC sends through them; "
+            "use a QPolicy with DQNObjective"
+        )
+
     def mode(self) -> Tensor:
         """The likeliest action, int64 `[R]`."""
         return self.logits.argmax(-1)
@@ -85,6 +96,11 @@ class Gaussian:
         """Actions `[R, A]`."""
         return self.mean + self.std * _noise(self.mean, rng)
 
+    def propose(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Actions `[R, A]` and their log-probabilities `[R]`."""
+        actions = self.sample(rng)
+        return actions, self.logprob(actions)
+
     def mode(self) -> Tensor:
         """The mean."""
         return self.mean
@@ -105,33 +121,56 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class SquashedGaussian:
-    """`tanh` of independent Gaussians: actions in (-1, 1) (Haarnoja et al. 2018, appendix C)."""
+    """Independent Gaussians squashed by `tanh` into a box (Haarnoja et al. 2018, appendix C).
+
+    An action is `middle + reach tanh(x)` with `x` from a Gaussian of `mean` and `std`, `[R, A]`. It is scored from the
+    action itself, when it is drawn as when it is replayed, so that the two agree even where the squashing is so flat
+    that `x` cannot be told from it: within 1e-6 of the border, relative to the box, it counts as that far inside.
+
+    Attributes:
+        mean, std: before squashing, `[R, A]`.
+        low, high: of the box, `[A]`.
+    """
 
     mean: Tensor
     std: Tensor
+    low: Tensor
+    high: Tensor
 
-    @cached_property
+    @property
     def before(self) -> Gaussian:
         """The Gaussian before it is squashed."""
         return Gaussian(self.mean, self.std)
 
     def sample(self, rng: torch.Generator) -> Tensor:
         """Actions `[R, A]`."""
-        return self.sample_with_logprob(rng)[0]
+        return self._squashed(self.before.sample(rng))
 
-    def sample_with_logprob(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Actions and their log-probability, without the loss of precision of inverting the squashing."""
+    def propose(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Actions `[R, A]`, and the log-density `[R]` of what was squashed into (-1, 1), whatever the box.
+
+        It is computed before squashing, so its gradient is exact up to the border; in the box the density differs by a
+        constant.
+        """
         raw = self.before.sample(rng)
-        return raw.tanh(), self.before.logprob(raw) - _log_slope(raw)
+        return self._squashed(raw), self.before.logprob(raw) - _log_slope(raw)
 
     def mode(self) -> Tensor:
         """The squashed mean."""
-        return self.mean.tanh()
+        return self._squashed(self.mean)
+
+    def _squashed(self, raw: Tensor) -> Tensor:
+        return (self.low + self.high) / 2 + self._reach * raw.tanh()
+
+    @property
+    def _reach(self) -> Tensor:
+        return (self.high - self.low) / 2
 
     def logprob(self, actions: Tensor) -> Tensor:
-        """`[R]`; actions at the border are taken as 1e-6 inside it."""
-        raw = actions.clamp(-_NEAR_ONE, _NEAR_ONE).atanh()
-        return self.before.logprob(raw) - _log_slope(raw)
+        """`[R]`, the density in the box."""
+        share = (actions - (self.low + self.high) / 2) / self._reach
+        raw = share.clamp(-_NEAR_ONE, _NEAR_ONE).atanh()
+        return self.before.logprob(raw) - _log_slope(raw) - self._reach.log().sum()
 
     def entropy(self) -> Tensor:
         """Refused: it has no closed form."""

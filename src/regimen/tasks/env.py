@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regimen.knobs import Knob
+from regimen.policies.action import Acted
 from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
-from regimen.tasks.environments.base import Observations, VectorEnv
+from regimen.tasks.environments.base import Change, MakeEnv, Observations, VectorEnv
 
 
-class Acting(Protocol):
-    """A policy's answer to one step of every copy."""
+@runtime_checkable
+class Actor(Protocol):
+    """A policy that acts step by step."""
 
-    @property
-    def actions(self) -> Tensor:
-        """`[N, ...]`."""
-        ...
-
-    @property
-    def logprobs(self) -> Tensor | None:
-        """`[N]`, or none where the policy is deterministic."""
-        ...
-
-    @property
-    def memory(self) -> Tensor | None:
-        """`[N, ...]`, what a recurrent policy keeps for its next step."""
+    def act(
+        self,
+        observations: Observations,
+        memory: Tensor | None,
+        begins: Tensor,
+        knobs: Mapping[str, float],
+        rng: torch.Generator,
+    ) -> Acted:
+        """One action for each of `N` copies; see `ActionPolicy.act`."""
         ...
 
 
@@ -41,13 +41,18 @@ class EnvTask:
     With `episodes` a sample is a whole episode from its start, of at most `steps` steps. Otherwise copies go on from
     iteration to iteration, and a sample may hold the end of one episode and the start of the next.
 
-    Besides the fields of every rollout, with `discount` 0 where an episode terminated, there are these columns:
+    Besides the fields of every rollout, with `discount` 0 where an episode terminated, there are these step columns:
 
     - `env_reward [B, T]`, what the environment paid;
-    - `start` bool `[B, T]`, steps that begin an episode; `cut` bool `[B, T]`, steps after which one was cut off;
+    - `start` bool `[B, T]`, steps that begin an episode;
+    - `cut` bool `[B, T]`, steps after which the row does not go on although the value does: an episode was cut off, by
+      a time limit or by the end of the sample;
     - `next_observations [B, T, ...]`: what came after each step, an episode's own last one where it ended;
-    - `memory [B, ...]`: what a recurrent policy remembered before the first step;
-    - what the environment tells (`success`, say), `[B, T, ...]`.
+    - `knob/<name> [B, T]`: of every knob that the environment reads, the value at the start of the step's episode;
+    - what the environment tells (`success`, say), `[B, T, ...]`;
+
+    and the columns `copy` int64 `[B]`, whose stretch it is (several of one copy stand in the order of time), and
+    `memory [B, ...]`, what a policy with memory remembered before the first step.
     """
 
     generates = True
@@ -55,12 +60,12 @@ class EnvTask:
     def __init__(
         self,
         name: str,
-        make: Callable[[int], VectorEnv],
+        make: MakeEnv,
         *,
         copies: int = 8,
         steps: int = 128,
         episodes: bool = False,
-        discount: Knob | float = 0.99,
+        discount: Knob | float | None = 0.99,
         siblings: int | None = None,
         evaluation_episodes: int = 16,
         evaluation_steps: int = 1000,
@@ -72,12 +77,13 @@ class EnvTask:
         Args:
             name: unique within a regimen.
             make: a number of copies to a `VectorEnv`.
-            copies: samples per collection.
+            copies: that step together.
             steps: per sample.
             episodes: whether a sample is a whole episode.
-            discount: what a following step's value is multiplied by; a `Knob` to move it.
+            discount: what a following step's value is multiplied by; a `Knob` to move it. `None` records only what
+                terminated (0, else 1), for objectives that multiply by a discount of their own when samples are drawn.
             siblings: with `episodes`, that many of them start from the same seed and form a group; by default each
-                has a start of its own, and all are one group.
+                has a start of its own, and the samples of all copies are one group.
             evaluation_episodes, evaluation_steps: how many episodes evaluate, and their limit.
             member: the cast member that acts; `evaluated`: the one that is evaluated, `member` by default.
 
@@ -94,207 +100,260 @@ class EnvTask:
                 f"task '{name}': siblings={siblings} with copies={copies}, episodes={episodes}; siblings are whole "
                 "episodes, and their number must divide the copies"
             )
-        self.name, self.make, self.group_size = name, make, copies
+        self.name, self.make, self.copies = name, make, copies
         self.steps, self.episodes, self.siblings = steps, episodes, siblings
-        self.discount = discount if isinstance(discount, Knob) else Knob("discount", discount, 0.0, 1.0)
+        self.group_size = siblings or copies
+        self.discount = Knob("discount", discount, 0.0, 1.0) if isinstance(discount, float | int) else discount
         self.evaluation_episodes, self.evaluation_steps = evaluation_episodes, evaluation_steps
         self.member, self.evaluated = member, evaluated or member
-        self._copies = _Copies(make(copies))
+        self._stand = _Stand(make(copies), name)
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
         """The discount, and what the environment reads at a reset."""
-        return (self.discount, *self._copies.env.knobs)
+        return (*(() if self.discount is None else (self.discount,)), *self._stand.env.knobs)
+
+    @property
+    def spaces(self) -> tuple[Any, Any]:
+        """Of the observations and of the actions of one copy, as gymnasium describes them."""
+        return self._stand.env.observation_space, self._stand.env.action_space
 
     @torch.no_grad()
     def collect(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator, size: int) -> Rollout:
-        """`size` samples, a multiple of `copies`.
+        """`size` samples, in groups of `group_size`.
 
         Raises:
-            ValueError: `size` is not such a multiple.
+            ValueError: `size` is not a multiple of `group_size`, or the member does not act step by step.
         """
-        copies = self._copies.env.count
-        if size < 1 or size % copies:
+        if size < 1 or size % self.group_size:
             raise ValueError(
-                f"task '{self.name}' was asked for {size} samples; expected a multiple of its {copies} copies"
+                f"task '{self.name}' was asked for {size} samples; expected a multiple of {self.group_size}, its "
+                f"{'siblings' if self.siblings else 'copies'}"
             )
-        return Rollout.cat([self._stretch(cast[self.member], knobs, rng) for _ in range(size // copies)])
+        policy = self._actor(cast, self.member)
+        rows = [min(self.copies, size - begun) for begun in range(0, size, self.copies)]
+        return Rollout.cat([self._stretch(policy, knobs, rng, count) for count in rows])
 
-    def _stretch(self, policy: Any, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
-        """One sample of every copy."""
-        started, copies, record = time.time(), self._copies, _Record()
+    def _actor(self, cast: Mapping[str, Any], member: str) -> Actor:
+        policy = cast[member]
+        if not isinstance(policy, Actor):
+            raise ValueError(
+                f"task '{self.name}': member '{member}' is a {type(policy).__name__}, which does not act step by step; "
+                "expected an ActionPolicy, or a policy with a method `act` like its own"
+            )
+        return policy
+
+    def _stretch(self, policy: Actor, knobs: Mapping[str, float], rng: torch.Generator, rows: int) -> Rollout:
+        """One sample of each of the first `rows` copies."""
+        started, stand = time.time(), self._stand
         if self.episodes:
-            copies.restart(knobs, rng, self.siblings or 1)
-        memory = copies.memory
-        self._play(copies, record, policy, knobs, rng, self.steps, whole=self.episodes)
-        rows = copies.env.count
-        group = torch.arange(rows) // self.siblings if self.siblings else torch.zeros(rows, dtype=torch.int64)
+            stand.restart(knobs, rng, self.siblings or 1)
+        memory = stand.memory
+        record = stand.play(policy, knobs, rng, self.steps, rows, whole=self.episodes)
+        if memory is None and stand.memory is not None:
+            # A policy that has not acted yet remembers nothing.
+            memory = torch.zeros_like(stand.memory)
         times = {"started_at": started, "finished_at": time.time()}
         rollout = Rollout.create(
             task=self.name,
-            group=group,
+            group=torch.arange(rows) // self.group_size,
             knobs=knobs,
             version=torch.full((rows,), getattr(policy, "version", 0)),
+            columns={"copy": torch.arange(rows)} | ({} if memory is None else {"memory": memory[:rows]}),
             **{name: torch.full((rows,), value, dtype=torch.float64) for name, value in times.items()},
-            **record.fields(knobs[self.discount.name], memory),
+            **record.fields(rows, 1.0 if self.discount is None else knobs[self.discount.name]),
         )
         return rollout.to(rng.device)
 
-    @staticmethod
-    def _play(
-        copies: _Copies,
-        record: _Record,
-        policy: Any,
-        knobs: Mapping[str, float],
-        rng: torch.Generator,
-        steps: int,
-        whole: bool,
-    ) -> None:
-        """Up to `steps` steps, recorded; of whole episodes only up to their ends."""
-        alive = torch.ones(copies.env.count, dtype=torch.bool)
-        for _ in range(steps):
-            record.add(alive, copies.step(policy, knobs, rng))
-            if whole:
-                alive = alive & ~copies.ended
-                if not bool(alive.any()):
-                    return
-
     @torch.no_grad()
     def evaluate(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator) -> Evaluation:
-        """Mean `return` and `length` of whole episodes, and of what the environment told in their last step."""
-        copies, record = _Copies(self.make(self.evaluation_episodes)), _Record()
-        copies.restart(knobs, rng, 1)
-        self._play(copies, record, cast[self.evaluated], knobs, rng, self.evaluation_steps, whole=True)
+        """Means over whole episodes: `return`, `length`, and what the environment told in their last step."""
+        policy, count = self._actor(cast, self.evaluated), self.evaluation_episodes
+        stand = _Stand(self.make(count), self.name)
+        stand.restart(knobs, rng, 1)
+        record = stand.play(policy, knobs, rng, self.evaluation_steps, count, whole=True)
+        stand.env.close()
         return Evaluation(record.summary())
 
     def state_dict(self) -> dict[str, Any]:
         """Where every copy is, and what the policy remembers of it; nothing for whole episodes."""
-        return {} if self.episodes else self._copies.state_dict()
+        return {} if self.episodes else self._stand.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
-        if state:
-            self._copies.load_state_dict(state)
+        self._stand.load_state_dict(state)
 
 
-class _Copies:
-    """Where the copies of an environment are.
+@dataclass(frozen=True)
+class _Step:
+    """One step of every copy.
 
     Attributes:
-        observations: what each saw last; `None` before the first start.
-        ended: bool `[N]`, copies whose episode has ended, or has never begun.
-        memory: what a recurrent policy remembers of each.
+        alive: bool `[N]`, copies whose sample it belongs to; begins: bool `[N]`, those that begin an episode with it.
+        seen: the observations acted on; acted: how; change: what that did.
+        episode: `[N]` each, the values of the environment's knobs in the copies' episodes.
     """
 
-    def __init__(self, env: VectorEnv) -> None:
-        self.env = env
-        self.observations: Observations | None = None
-        self.ended = torch.ones(env.count, dtype=torch.bool)
+    alive: Tensor
+    begins: Tensor
+    seen: Observations
+    acted: Acted
+    change: Change
+    episode: dict[str, Tensor]
+
+
+class _Stand:
+    """Where the copies of an environment stand.
+
+    Attributes:
+        seen: what each copy saw last; `None` before the first start.
+        ended: bool `[N]`, copies whose episode has ended, or has never begun; begins: those about to take the first
+            step of theirs.
+        memory: what the policy remembers of each.
+        episode: the values of the environment's knobs in each one's episode.
+    """
+
+    def __init__(self, env: VectorEnv, owner: str) -> None:
+        self.env, self.owner = env, owner
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen: Observations | None = None
+        self.ended = torch.ones(self.env.count, dtype=torch.bool, device=self.env.device)
+        self.begins = self.ended
         self.memory: Tensor | None = None
-        self._begins = self.ended.clone()
+        self.episode = {
+            f"knob/{knob.name}": torch.zeros(self.env.count, device=self.env.device) for knob in self.env.knobs
+        }
 
     def restart(self, knobs: Mapping[str, float], rng: torch.Generator, siblings: int) -> None:
         """Start an episode in every copy; as many neighbours as are siblings from the same seed."""
-        self.ended[:] = True
+        self._clear()
         self._start(knobs, _seeds(self.env.count // siblings, rng).repeat_interleave(siblings))
 
     def _start(self, knobs: Mapping[str, float], seeds: Tensor) -> None:
         """Start an episode in every copy whose last one has ended."""
-        self.observations = self.env.reset(self.ended, seeds, knobs)
-        self._begins = self.ended
-        self.ended = torch.zeros_like(self.ended)
+        self.seen = self.env.reset(self.ended, seeds, knobs)
+        self._insist_finite(self.seen)
+        in_force = {f"knob/{knob.name}": knobs[knob.name] for knob in self.env.knobs}
+        self.episode = {name: torch.where(self.ended, in_force[name], old) for name, old in self.episode.items()}
+        self.begins, self.ended = self.ended, torch.zeros_like(self.ended)
 
-    def step(self, policy: Any, knobs: Mapping[str, float], rng: torch.Generator) -> dict[str, Any]:
-        """One step of every copy, after a new start where one is due; what is to be recorded."""
+    def play(
+        self,
+        policy: Actor,
+        knobs: Mapping[str, float],
+        rng: torch.Generator,
+        steps: int,
+        rows: int,
+        whole: bool,
+    ) -> _Record:
+        """Up to `steps` steps of the first `rows` copies; of `whole` episodes only up to their ends."""
+        record, alive = _Record(), torch.arange(self.env.count, device=self.env.device) < rows
+        for _ in range(steps):
+            record.steps.append(self._step(policy, knobs, rng, alive))
+            if whole:
+                alive = alive & ~self.ended
+                if not bool(alive.any()):
+                    break
+        return record
+
+    def _step(self, policy: Actor, knobs: Mapping[str, float], rng: torch.Generator, alive: Tensor) -> _Step:
+        """One step of every copy, after a new start where one is due."""
         if bool(self.ended.any()):
             self._start(knobs, _seeds(self.env.count, rng))
-        seen, begins = self.observations, self._begins
-        acting: Acting = policy.act(seen, self.memory, begins, knobs, rng)
-        change = self.env.step(acting.actions)
-        self.observations, self.memory = change.observations, acting.memory
-        self.ended = change.terminated | change.truncated
-        self._begins = torch.zeros_like(begins)
-        return {
-            "observations": seen,
-            "actions": acting.actions,
-            "logprobs": acting.logprobs,
-            "next_observations": change.observations,
-            "env_reward": change.reward,
-            "start": begins,
-            "terminated": change.terminated,
-            "cut": change.truncated & ~change.terminated,
-            **change.info,
-        }
+        seen, begins = self.seen, self.begins
+        assert seen is not None, "all have started"
+        acted = policy.act(seen, self.memory, begins, knobs, rng)
+        change = self.env.step(acted.actions)
+        self._insist_finite(change.observations)
+        self.seen, self.memory = change.observations, acted.memory
+        self.ended, self.begins = change.terminated | change.truncated, torch.zeros_like(begins)
+        return _Step(alive, begins, seen, acted, change, self.episode)
+
+    def _insist_finite(self, observations: Observations) -> None:
+        parts = observations.values(True, True) if isinstance(observations, TensorDict) else [observations]
+        for value in parts:
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                row = int((~value.isfinite()).nonzero()[0, 0])
+                raise ValueError(
+                    f"task '{self.owner}': the environment gave observations that are not finite in copy {row} "
+                    f"({value[row].tolist()!s:.200}); mend the environment, or end the episode before they arise"
+                )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where they are."""
-        if self.observations is None:
+        """Where they are; nothing before the first start."""
+        if self.seen is None:
             return {}
-        seen = self.observations.to_dict() if isinstance(self.observations, TensorDict) else self.observations
         return {
             "env": self.env.state_dict(),
-            "observations": seen,
+            "seen": self.seen.to_dict() if isinstance(self.seen, TensorDict) else self.seen,
             "ended": self.ended,
-            "begins": self._begins,
             "memory": self.memory,
+            "episode": dict(self.episode),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put them back there."""
+        self._clear()
         if not state:
             return
+        device, seen = self.env.device, state["seen"]
         self.env.load_state_dict(state["env"])
-        seen = state["observations"]
-        self.observations = seen if isinstance(seen, Tensor) else TensorDict(seen, batch_size=[self.env.count])
-        self.ended, self._begins, self.memory = state["ended"], state["begins"], state["memory"]
+        self.seen = (seen if isinstance(seen, Tensor) else TensorDict(seen, [self.env.count])).to(device)
+        self.ended = state["ended"].to(device)
+        self.begins = torch.zeros_like(self.ended)
+        self.memory = state["memory"]
+        self.episode = {name: value.to(device) for name, value in state["episode"].items()}
 
 
 class _Record:
-    """What happened, step by step."""
+    """The steps of a stretch, in order."""
 
     def __init__(self) -> None:
-        self._mask: list[Tensor] = []
-        self._steps: list[dict[str, Any]] = []
+        self.steps: list[_Step] = []
 
-    def add(self, alive: Tensor, step: dict[str, Any]) -> None:
-        """Take in a step of every copy, of which those `alive` count."""
-        self._mask.append(alive)
-        self._steps.append(step)
+    def _mask(self) -> Tensor:
+        return torch.stack([step.alive for step in self.steps], 1)
 
-    def _stacked(self, name: str) -> Any:
-        return torch.stack([step[name] for step in self._steps], 1)
-
-    def fields(self, discount: float, memory: Tensor | None) -> dict[str, Any]:
-        """The fields and columns of a rollout."""
-        mask, first = torch.stack(self._mask, 1), self._steps[0]
-        column = {name: self._stacked(name) for name, value in first.items() if value is not None}
-        over = column.pop("terminated")
-        # An episode that is still under way at the last step is cut off there.
-        column["cut"] = mask & column["cut"]
-        fields: dict[str, Any] = {
-            name: column.pop(name) for name in ("observations", "actions", "logprobs") if name in column
+    def fields(self, rows: int, discount: float) -> dict[str, Any]:
+        """The fields and step columns of a rollout of the first `rows` copies."""
+        steps, first = self.steps, self.steps[0]
+        mask, over = self._mask(), torch.stack([step.change.terminated for step in steps], 1)
+        last = mask & ~pad(mask[:, 1:], (0, 1))
+        cut = torch.stack([step.change.truncated for step in steps], 1)
+        columns = {
+            "start": torch.stack([step.begins for step in steps], 1),
+            "cut": mask & (cut | last) & ~over,
+            "env_reward": torch.stack([step.change.reward for step in steps], 1),
+            "next_observations": torch.stack([step.change.observations for step in steps], 1),
+            **{name: torch.stack([step.episode[name] for step in steps], 1) for name in first.episode},
+            **{name: torch.stack([step.change.info[name] for step in steps], 1) for name in first.change.info},
         }
-        return {
-            **fields,
+        logprobs = [step.acted.logprobs for step in steps if step.acted.logprobs is not None]
+        fields: dict[str, Any] = {
             "mask": mask,
             "discount": torch.where(over, 0.0, discount),
-            "step_columns": column,
-            "columns": {} if memory is None else {"memory": memory},
+            "observations": torch.stack([step.seen for step in steps], 1),
+            "actions": torch.stack([step.acted.actions for step in steps], 1),
+            **({"logprobs": torch.stack(logprobs, 1)} if logprobs else {}),
+        }
+        return {
+            **{name: value[:rows] for name, value in fields.items()},
+            "step_columns": {name: value[:rows] for name, value in columns.items()},
         }
 
     def summary(self) -> dict[str, float]:
         """Means over episodes: return, length, and what the environment told in their last step."""
-        mask = torch.stack(self._mask, 1)
-        last = mask.sum(1) - 1
-        found = {"return": (self._stacked("env_reward") * mask).sum(1), "length": mask.sum(1)}
-        for name in self._steps[0].keys() - _STEP:
-            values = self._stacked(name)
-            if values.ndim == 2:
-                found[name] = values.gather(1, last[:, None]).squeeze(1)
+        mask = self._mask()
+        reward = torch.stack([step.change.reward for step in self.steps], 1)
+        found = {"return": (reward * mask).sum(1), "length": mask.sum(1)}
+        last = mask.sum(1, keepdim=True) - 1
+        for name, told in self.steps[0].change.info.items():
+            if told.ndim == 1:
+                values = torch.stack([step.change.info[name] for step in self.steps], 1)
+                found[name] = values.gather(1, last).squeeze(1)
         return {name: float(value.double().mean()) for name, value in found.items()}
-
-
-_STEP = {"observations", "actions", "logprobs", "next_observations", "env_reward", "start", "terminated", "cut"}
 
 
 def _seeds(count: int, rng: torch.Generator) -> Tensor:

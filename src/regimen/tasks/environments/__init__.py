@@ -1,6 +1,6 @@
 """Environments that a policy acts in, many copies at once."""
 
-from regimen.tasks.environments.base import Change, VectorEnv
-from regimen.tasks.environments.gymnasium import GymnasiumVector
+from regimen.tasks.environments.base import Change, MakeEnv, VectorEnv
+from regimen.tasks.environments.gymnasium import Gymnasium, GymnasiumVector
 
-__all__ = ["Change", "GymnasiumVector", "VectorEnv"]
+__all__ = ["Change", "Gymnasium", "GymnasiumVector", "MakeEnv", "VectorEnv"]

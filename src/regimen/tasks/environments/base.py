@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from regimen.knobs import Knob
@@ -21,7 +22,7 @@ class Change:
         reward: `[N]`.
         terminated: bool `[N]`, the episode ended and nothing comes after it.
         truncated: bool `[N]`, it was cut off, at a time limit say, and its value goes on.
-        info: further columns `[N, ...]`, such as `success`.
+        info: further columns `[N, ...]`, such as `success`; the same ones at every step.
     """
 
     observations: Observations
@@ -35,12 +36,16 @@ class Change:
 class VectorEnv(Protocol):
     """Copies of an environment. Nothing restarts by itself: whoever steps it resets the copies that ended.
 
+    An episode is a function of its seed, the knobs at its reset and its actions, whatever the other copies do.
+
     Attributes:
         count: how many copies.
+        device: where the tensors are that it takes and gives.
         observation_space, action_space: of one copy, as gymnasium describes them.
     """
 
     count: int
+    device: torch.device
     observation_space: Any
     action_space: Any
 
@@ -64,3 +69,11 @@ class VectorEnv(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put every copy back there."""
         ...
+
+    def close(self) -> None:
+        """Free what the copies hold (processes, windows)."""
+        ...
+
+
+MakeEnv: TypeAlias = Callable[[int], VectorEnv]
+"""A number of copies to an environment of that many."""
