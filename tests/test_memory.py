@@ -171,11 +171,9 @@ def test_empty_rollout_adds_nothing(tiny_rollout: Callable[..., Rollout]) -> Non
     assert len(memory.newest()) == 0
 
 
-def test_other_tasks_fields_and_shapes_are_refused_and_leave_the_memory_as_it_was() -> None:
+def test_other_fields_and_shapes_are_refused_and_leave_the_memory_as_it_was() -> None:
     memory = ReplayMemory(5)
     memory.add(numbered(0, 2))
-    with pytest.raises(ValueError, match=r"holds tasks \('a',\) and was given \('b',\); keep one per set of tasks"):
-        memory.add(numbered(2, 2, task="b"))
     with pytest.raises(ValueError, match="the memory and a new rollout cannot be joined: only one of them has reward"):
         memory.add(numbered(2, 2, steps=9, reward=torch.zeros(2)))
     with pytest.raises(ValueError, match=r"'actions' has rows of \[2\] and of \[2, 3\]"):
@@ -185,10 +183,108 @@ def test_other_tasks_fields_and_shapes_are_refused_and_leave_the_memory_as_it_wa
     assert memory.newest()["number"].tolist() == [0, 1]
 
 
+def test_tasks_keep_their_names_whichever_comes_first() -> None:
+    memory = ReplayMemory(9)
+    memory.add(numbered(0, 3, task="b"))
+    memory.add(numbered(3, 3, task="a"))
+    memory.add(Rollout.cat([numbered(6, 2, task="a"), numbered(8, 1, task="b")]))
+    drawn = memory.sample(200, torch.Generator().manual_seed(0))
+    assert drawn.task_names == ("b", "a")
+    assert set(drawn.of_task("b")["number"].tolist()) == {0, 1, 2, 8}
+    assert set(drawn.of_task("a")["number"].tolist()) == {3, 4, 5, 6, 7}
+
+
+def test_groups_of_different_rollouts_stay_different() -> None:
+    memory = ReplayMemory(8)
+    for first in (0, 4):
+        memory.add(numbered(first, 4).replace(group=torch.arange(4) // 2))
+    drawn = memory.sample(300, torch.Generator().manual_seed(0))
+    groups = dict(zip(drawn["number"].tolist(), drawn.group.tolist(), strict=True))
+    assert [groups[number] for number in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_samples_without_a_step_to_learn_from_are_not_kept() -> None:
+    memory = ReplayMemory(8)
+    rollout = numbered(0, 4)
+    memory.add(rollout.replace(loss_mask=rollout.mask & torch.tensor([True, False, True, False])[:, None]))
+    assert kept(memory) == {0, 2}
+    assert len(memory.newest()) == 4
+
+
+def test_only_knobs_that_all_samples_were_taken_under_are_kept() -> None:
+    memory = ReplayMemory(4)
+    memory.add(numbered(0, 2, knobs={"a": 1.0, "b": 2.0}))
+    memory.add(numbered(2, 2, knobs={"c": 3.0, "b": 4.0}))
+    drawn = memory.sample(50, torch.Generator().manual_seed(0))
+    assert list(drawn.knobs.keys()) == ["b"]
+    assert torch.equal(drawn.knobs["b"], torch.where(drawn["number"] < 2, 2.0, 4.0))
+
+
+def test_age_is_how_many_samples_came_after() -> None:
+    memory = ReplayMemory(5)
+    for first in range(0, 9, 3):
+        memory.add(numbered(first, 3))
+    drawn = memory.sample(50, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn["age"], 8 - drawn["number"])
+
+
+@pytest.mark.parametrize("unit", ["trajectory", "transition"])
+@pytest.mark.parametrize("size", [1, 6, 7, 100])
+def test_tasks_that_are_kept_apart_are_drawn_equally(unit: Any, size: int) -> None:
+    memory = ReplayMemory(4, unit, per_task=True)
+    memory.add(numbered(0, 9, steps=1, task="a"))
+    memory.add(numbered(9, 1, steps=1, task="b"))
+    memory.add(numbered(10, 1, steps=1, task="c"))
+    assert len(memory) == 6
+    rng = torch.Generator().manual_seed(0)
+    counts = [list(memory.sample(size, rng).task_counts().values()) for _ in range(300)]
+    assert all(sum(drawn) == size and max(drawn) - min(drawn) <= 1 for drawn in counts)
+    mean = torch.tensor(counts).double().mean(0)
+    assert mean.tolist() == pytest.approx([size / 3] * 3, abs=0.12)
+    assert set(memory.sample(200, rng).of_task("a")["number"].tolist()) == {5, 6, 7, 8}
+
+
+def test_tasks_that_are_kept_apart_are_drawn_in_given_proportions() -> None:
+    memory = ReplayMemory(4, per_task={"a": 1, "b": 3})
+    memory.add(Rollout.cat([numbered(0, 2, task="a"), numbered(2, 2, task="b")]))
+    drawn = memory.sample(80, torch.Generator().manual_seed(0))
+    assert drawn.task_counts() == {"a": 20, "b": 60}
+    with pytest.raises(ValueError, match=r"task 'c', which has no share in per_task=\{'a': 1, 'b': 3\}; name every"):
+        memory.add(numbered(0, 1, task="c"))
+
+
+def test_tasks_that_are_kept_apart_may_have_other_lengths() -> None:
+    memory = ReplayMemory(4, per_task=True)
+    memory.add(numbered(0, 2, steps=2, task="short"))
+    memory.add(numbered(2, 2, steps=5, task="long"))
+    drawn = memory.sample(20, torch.Generator().manual_seed(0))
+    assert drawn.steps == 5
+    assert torch.equal(drawn.lengths, torch.where(drawn["number"] < 2, 2, 5))
+
+
+def test_state_of_tasks_that_are_kept_apart() -> None:
+    memory, again = (ReplayMemory(3, per_task=True) for _ in range(2))
+    memory.add(Rollout.cat([numbered(0, 5, task="a"), numbered(5, 2, task="b")]))
+    again.load_state_dict(memory.state_dict())
+    for m in (memory, again):
+        m.add(numbered(7, 1, task="b"))
+    a, b = (m.sample(30, torch.Generator().manual_seed(1)) for m in (memory, again))
+    assert torch.equal(a["number"], b["number"])
+    assert torch.equal(a.group, b.group)
+    assert a.task_names == b.task_names == ("a", "b")
+
+
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match="ReplayMemory: capacity is 0, expected at least 1"):
         ReplayMemory(0)
+    with pytest.raises(ValueError, match="unit is 'step', expected one of trajectory, transition"):
+        ReplayMemory(5, "step")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ahead is 2, expected 0, or more if the unit is 'transition'"):
+        ReplayMemory(5, ahead=2)
+    with pytest.raises(ValueError, match=r"per_task is \{'a': 0\}; expected shares above 0"):
+        ReplayMemory(5, per_task={"a": 0})
     memory = ReplayMemory(5)
     memory.add(numbered(0, 7))
-    with pytest.raises(ValueError, match="capacity is 8 and the checkpoint's 5; resume with the capacity of the run"):
-        ReplayMemory(8).load_state_dict(memory.state_dict())
+    for other in (ReplayMemory(8), ReplayMemory(5, "transition")):
+        with pytest.raises(ValueError, match="and the checkpoint's 5, unit is .*; resume with the settings of the run"):
+            other.load_state_dict(memory.state_dict())

@@ -13,6 +13,7 @@ from regimen.controllers.base import Moment, Situation
 from regimen.functions.aggregate import masked_mean
 from regimen.health import HealthMonitor
 from regimen.learn import Learner
+from regimen.memory import Memory
 from regimen.regimen import Regimen, Stage
 from regimen.rewards.base import SCORED, Scene
 from regimen.rewards.judge import JudgeReport, judge
@@ -50,7 +51,7 @@ class StageRun:
     def __init__(self, regimen: Regimen, stage: Stage) -> None:
         self.stage, self.cast = stage, regimen.cast
         self.board = stage.board(regimen.cast, regimen.knobs)
-        self.memory = stage.memory()
+        self.memory: Memory = stage.memory() if callable(stage.memory) else stage.memory
         self.health = HealthMonitor()
         self.learners: list[Learner] = []
         self._owed = {task.name: 0.0 for task in stage.tasks}

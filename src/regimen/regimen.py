@@ -39,7 +39,8 @@ class Stage:
         controllers: move knobs.
         rules: refresh frozen copies in the cast.
         prepare: done once before the first iteration.
-        memory: made afresh at the stage's start.
+        memory: a class or function makes one afresh at the stage's start; an instance is kept, with what it holds, and
+            may be shared by stages.
         knobs: values of this stage that replace the defaults.
         stop: given an iteration's metrics, ends the stage early.
         evaluate_every: iterations between evaluations; always at the stage's end.
@@ -59,7 +60,7 @@ class Stage:
     controllers: Sequence[Controller] = ()
     rules: Sequence[CastRule] = ()
     prepare: Sequence[Prepare] = ()
-    memory: Callable[[], Memory] = NewestRollout
+    memory: Memory | Callable[[], Memory] = NewestRollout
     knobs: Mapping[str, float] = field(default_factory=dict)
     stop: Callable[[Mapping[str, float]], bool] | None = None
     evaluate_every: int | None = None

@@ -227,12 +227,12 @@ class Rollout:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain nested tensors and lists, for a checkpoint."""
-        return {"task_names": list(self.task_names), "data": _plain(self.data)}
+        return {"task_names": list(self.task_names), "data": plain_table(self.data)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
         """The rollout that `state_dict` described."""
-        data = _unplain(state["data"])
+        data = table_from_plain(state["data"])
         return cls(data, tuple(state["task_names"]))
 
 
@@ -317,22 +317,23 @@ def _table(owner: str, value: Any, batch: Sequence[int], device: Any) -> TensorD
     return table
 
 
-def _plain(table: TensorDict) -> dict[str, Any]:
+def plain_table(table: TensorDict) -> dict[str, Any]:
     """A table as nested dicts of tensors and lists, with its own shape beside them."""
     entries: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, TensorDict):
-            entries[name] = _plain(value)
+            entries[name] = plain_table(value)
         else:
             entries[name] = value if isinstance(value, Tensor) else value.tolist()
     return {"shape": list(table.batch_size), "entries": entries}
 
 
-def _unplain(plain: Mapping[str, Any]) -> TensorDict:
+def table_from_plain(plain: Mapping[str, Any]) -> TensorDict:
+    """The table that `plain_table` described, on the CPU."""
     table = TensorDict({}, batch_size=plain["shape"], device="cpu")
     for name, value in plain["entries"].items():
         if isinstance(value, Mapping):
-            value = _unplain(value)
+            value = table_from_plain(value)
         elif isinstance(value, list | tuple):
             value = NonTensorStack(*value)
         table.set(name, value)

@@ -30,7 +30,8 @@ class Epochs:
     Attributes:
         epochs: passes.
         minibatches: per pass.
-        unit: what is shuffled: whole samples, or single steps (as PPO does, for policies without memory).
+        unit: what is shuffled: whole samples, or single steps (as PPO does; not for a policy with memory, which is
+            replayed from a sample's start).
     """
 
     epochs: int = 1
@@ -45,9 +46,18 @@ class Epochs:
             )
 
     def __call__(self, memory: Memory, rng: torch.Generator) -> Iterator[Rollout]:
-        """`epochs * minibatches` minibatches; samples without any step to learn from are left out."""
+        """`epochs * minibatches` minibatches; samples without any step to learn from are left out.
+
+        Raises:
+            ValueError: single steps of a policy with memory.
+        """
         rollout = memory.newest()
         if self.unit == "step":
+            if rollout.get("memory") is not None:
+                raise ValueError(
+                    f"Epochs(unit='step') was given samples of task {'/'.join(rollout.task_names)} with a column "
+                    "'memory': a policy with memory is replayed from a sample's start; use unit='sample'"
+                )
             rollout = rollout.unrolled(rollout.loss_mask)
         alive = rollout.loss_mask.any(1)
         if not bool(alive.all()):
@@ -63,17 +73,28 @@ class Epochs:
 
 @dataclass(frozen=True)
 class Draws:
-    """Minibatches drawn from the memory, uniformly with replacement."""
+    """Minibatches drawn from the memory, uniformly with replacement.
+
+    Attributes:
+        steps: minibatches in an iteration.
+        size: samples in each.
+        after: none is drawn while the memory holds fewer samples than this.
+    """
 
     steps: int
     size: int
+    after: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.size < 1:
-            raise ValueError(f"Draws({self.steps}, {self.size}): expected at least 1 of each")
+        if self.steps < 1 or self.size < 1 or self.after < 0:
+            raise ValueError(
+                f"Draws({self.steps}, {self.size}, after={self.after}): expected at least 1 of each, and after >= 0"
+            )
 
     def __call__(self, memory: Memory, rng: torch.Generator) -> Iterator[Rollout]:
         """`steps` minibatches of `size` samples."""
+        if len(memory) < self.after:
+            return
         for _ in range(self.steps):
             yield memory.sample(self.size, rng)
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from regimen.functions.returns import discounted_return, gae, n_step_return, n_step_target, on_last_step, vtrace
+from regimen.functions.returns import (
+    discounted_return,
+    gae,
+    n_step_last,
+    n_step_return,
+    n_step_target,
+    on_last_step,
+    vtrace,
+)
 
 
 def rows(*values: float) -> Tensor:
@@ -234,6 +242,31 @@ def test_n_step_target_limits(episodes: dict[str, Tensor]) -> None:
 def test_n_step_target_by_hand() -> None:
     target = n_step_target(rows(1, 2, 3), rows(10, 20, 30), rows(0.5, 0.5, 0.5), 2, bootstrap=torch.tensor([40.0]))
     assert close(target, rows(1 + 0.5 * 2 + 0.25 * 30, 2 + 0.5 * 3 + 0.25 * 40, 3 + 0.5 * 40))
+
+
+def test_n_step_sums_end_at_a_cut_and_keep_the_discount_of_what_comes_after_it() -> None:
+    rewards, cut = rows(1, 2, 4, 8, 16), torch.tensor([[False, True, False, False, True]])
+    total, factor = n_step_return(rewards, 0.5 * ones(1, 5), 3, cut=cut)
+    assert total.tolist() == [[1 + 1, 2, 4 + 4 + 4, 8 + 8, 16]]
+    assert factor.tolist() == [[0.25, 0.5, 0.125, 0.25, 0.5]]
+    assert n_step_last(3, torch.ones_like(cut), cut).tolist() == [[1, 1, 4, 4, 4]]
+
+
+def test_a_cut_row_is_two_rows(episodes: dict[str, Tensor]) -> None:
+    rewards, discount = (episodes[name].nan_to_num() for name in ("rewards", "discount"))
+    cut = torch.zeros_like(episodes["mask"])
+    cut[:, 5] = True
+    whole = n_step_return(rewards, discount, 4, cut=cut)
+    apart = [n_step_return(rewards[:, part], discount[:, part], 4) for part in (slice(0, 6), slice(6, None))]
+    for found, first, second in zip(whole, *apart, strict=True):
+        assert close(found, torch.cat([first, second], 1))
+
+
+def test_last_step_of_a_sum_stays_in_its_sample() -> None:
+    mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    assert n_step_last(1, mask).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert n_step_last(2, mask).tolist() == [[1, 2, 2, 3], [1, 2, 3, 3]]
+    assert n_step_last(9, mask).tolist() == [[2, 2, 2, 3], [3, 3, 3, 3]]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 64, 65])

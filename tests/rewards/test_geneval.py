@@ -18,7 +18,7 @@ from regimen.functions.geneval import (
     requirements_from_metadata,
 )
 from regimen.functions.scenes import draw_scenes, read_detections
-from regimen.models.detectors import CellDetector, DetectorFromTransformers
+from regimen.models.detectors import DetectorFromTransformers
 from regimen.rewards.base import Reward
 from regimen.rewards.expression import Scene
 from regimen.rewards.geneval import GenEvalReward

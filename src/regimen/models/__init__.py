@@ -6,13 +6,16 @@ from .encoders import MultimodalEncoder, SmallMultimodalEncoder, TransformersEnc
 from .kontext_denoiser import KontextDenoiser
 from .metaquery import MetaQueryConditioner, MetaQueryConnector
 from .mlp_denoiser import MLPDenoiser
+from .q_network import ActionValues, QNetwork
 from .sd3 import SD3Denoiser, decode_latents, encode_images, sd3_sigmas
 from .small_decoder import small_decoder, word_tokenizer
+from .temperature import Temperature
 from .torsos import ConvTorso, DictTorso, MLPTorso, OneHotTorso, torso_for
 from .value_head import ValueHead
 from .value_network import ValueNetwork
 
 __all__ = [
+    "ActionValues",
     "CausalLM",
     "ConvTorso",
     "DictTorso",
@@ -24,8 +27,10 @@ __all__ = [
     "MetaQueryConnector",
     "MultimodalEncoder",
     "OneHotTorso",
+    "QNetwork",
     "SD3Denoiser",
     "SmallMultimodalEncoder",
+    "Temperature",
     "TransformersEncoder",
     "ValueHead",
     "ValueNetwork",

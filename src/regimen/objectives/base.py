@@ -38,6 +38,7 @@ class Batch:
     whole: Rollout | None = None
     rows: slice = field(default_factory=lambda: slice(None))
     _distributions: dict[str, StepDistribution] = field(default_factory=dict)
+    _proposals: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def weights(self, aggregate: Aggregate, horizon: int | None = None) -> Tensor:
         """`[B, T]`: the sum of a loss per step under these weights is its aggregate over the minibatch."""
@@ -60,6 +61,17 @@ class Batch:
             with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
                 self._distributions[member] = policy.distribution(self.rollout, self.rollout.loss_mask)
         return self._distributions[member]
+
+    def proposal(self, member: str = "policy") -> tuple[Tensor, Tensor | None]:
+        """Actions `[R, ...]` that a member proposes at the steps that are learned from, and their log-probabilities.
+
+        Drawn once for all objectives. Both have a gradient; the second is `None` of a deterministic policy.
+        """
+        if member not in self._proposals:
+            row, step = self.rollout.loss_mask.nonzero(as_tuple=True)
+            observations = self.rollout.observations[row, step]
+            self._proposals[member] = self.member(member).propose(observations, self.rng)
+        return self._proposals[member]
 
     def member(self, name: str) -> Any:
         """A member of the cast; `KeyError` with those there are."""

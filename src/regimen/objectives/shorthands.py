@@ -1,4 +1,4 @@
-"""PPO's and GRPO's objectives by name: each a sum of parts that may be written out, and continued, by hand."""
+"""PPO's, GRPO's and SAC's objectives by name: each a sum of parts that may be written out, and continued, by hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from regimen.objectives.base import Objective
 from regimen.objectives.clipped_surrogate import ClippedSurrogateObjective
 from regimen.objectives.entropy import EntropyBonus
 from regimen.objectives.reference_kl import ReferenceKL
+from regimen.objectives.soft_actor import EntropyWeight, SoftActorObjective, TemperatureObjective
+from regimen.objectives.td import TDObjective
 from regimen.objectives.value import ValueObjective
 
 
@@ -57,3 +59,30 @@ def ppo(
     surrogate = ClippedSurrogateObjective(clip, aggregate="token")
     value = Knob("value_weight", value_weight, low=0.0) * ValueObjective(value_clip, reads=reads)
     return surrogate + value - Knob("entropy_weight", entropy_weight, low=0.0) * EntropyBonus()
+
+
+def sac(
+    *,
+    entropy_weight: EntropyWeight = "temperature",
+    target_entropy: float | None = None,
+    discount: Knob | float | None = None,
+    n: int = 1,
+) -> Objective:
+    """SAC's objective, the losses of the critics, the actor and the temperature (Haarnoja et al. 2018b, alg. 1).
+
+    No gradient of one flows into the others' weights, so one update may train all members (`policy`, `critic`,
+    `temperature`) on the same minibatches; or give each objective an update of its own. For a stage with a
+    `ReplayMemory(unit="transition")` and `rules=[ReferenceRefresh("critic_target", of="critic", mode="ema",
+    decay=0.995)]`.
+
+    Args:
+        entropy_weight: the member that learns it, or a number (the default of a knob of that name) or knob: then there
+            is no temperature to train.
+        target_entropy: see `TemperatureObjective`.
+        discount, n: see `TDObjective`.
+    """
+    critic = TDObjective(entropy_weight=entropy_weight, discount=discount, n=n)
+    both = critic + SoftActorObjective(entropy_weight=entropy_weight)
+    if not isinstance(entropy_weight, str):
+        return both
+    return both + TemperatureObjective(entropy_weight, target_entropy=target_entropy)

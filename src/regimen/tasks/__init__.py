@@ -3,6 +3,8 @@
 from regimen.tasks.base import Evaluation, Task
 from regimen.tasks.dataset import DatasetTask
 from regimen.tasks.dialogue import DialogueTask
+from regimen.tasks.env import EnvTask
+from regimen.tasks.environments import Gymnasium, GymnasiumVector, VectorEnv
 from regimen.tasks.partners import DialogueEnv, OneByOne, Partner, Reply, Tool, WithTools
 from regimen.tasks.prompts import PromptTask
 
@@ -10,12 +12,16 @@ __all__ = [
     "DatasetTask",
     "DialogueEnv",
     "DialogueTask",
+    "EnvTask",
     "Evaluation",
+    "Gymnasium",
+    "GymnasiumVector",
     "OneByOne",
     "Partner",
     "PromptTask",
     "Reply",
     "Task",
     "Tool",
+    "VectorEnv",
     "WithTools",
 ]
