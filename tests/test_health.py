@@ -96,8 +96,11 @@ def test_groups_without_spread(monitor: HealthMonitor, tiny_rollout: Build) -> N
     facts = monitor.observe(tiny_rollout(20, reward=almost), {})
     assert facts["health/flat_groups"] == pytest.approx(0.9)
     assert monitor.fresh == []
-    facts = monitor.observe(judged(tiny_rollout, torch.ones(6)), {})
+    flat = judged(tiny_rollout, torch.ones(6))
+    facts = monitor.observe(flat, {})
     assert facts["health/flat_groups"] == 1
+    assert monitor.fresh == [], "without credit, spread teaches nothing"
+    monitor.observe(flat.replace(advantages=torch.zeros(6, 4)), {})
     assert len(monitor.fresh) == 1
     assert "over 90 % of the groups have no spread of reward" in monitor.fresh[0]
     assert "noise_level" in monitor.fresh[0]

@@ -66,7 +66,7 @@ class HealthMonitor:
         facts: dict[str, float] = {}
         if rollout.reward is not None:
             facts["health/flat_groups"] = flat_groups(rollout)
-            if facts["health/flat_groups"] > 0.9:
+            if rollout.advantages is not None and facts["health/flat_groups"] > 0.9:
                 self._warn(
                     "over 90 % of the groups have no spread of reward, so they teach nothing; raise the knob "
                     "temperature or noise_level, the group size, or the spread of difficulty"

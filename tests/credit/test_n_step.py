@@ -52,3 +52,11 @@ def test_errors() -> None:
     bare = Rollout.create(task="t", group=rollout.group, mask=rollout.mask)
     with pytest.raises(ValueError, match="no reward"):
         NStepReturn(1)(bare, {}, {})
+
+
+def test_sums_end_where_an_episode_is_cut() -> None:
+    cut = torch.tensor([[False, True, False]])
+    rollout = transitions().with_step_columns(cut=cut)
+    assert NStepReturn(3)(rollout, {}, {})["n_step_return"].tolist() == [[3, 2, 3]]
+    with pytest.raises(ValueError, match="goes on with another episode after a cut"):
+        NStepReturn(3, bootstrap="cut")(rollout, {}, {})

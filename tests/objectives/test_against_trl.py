@@ -128,8 +128,8 @@ class Pair:
         self.policy = TokenPolicy(self.model, tokenizer)
         self.cast = {"policy": self.policy, "reference": TokenPolicy(self.reference, tokenizer)}
 
-    def ours(self, objective: Objective, *rollouts: Rollout, whole: Tensor | None = None) -> Result:
-        """The loss of the rollouts, which are the micro-batches of a minibatch with the loss mask `whole`."""
+    def ours(self, objective: Objective, *rollouts: Rollout, whole: Rollout | None = None) -> Result:
+        """The loss of the rollouts, which are the micro-batches of the minibatch `whole`."""
         knobs, start, losses = Knobs.of(objective), 0, []
         for rollout in rollouts:
             rows = slice(start, start := start + len(rollout))
@@ -345,7 +345,7 @@ def test_accumulated_gradients(trl: Any, tokenizer: Any, tmp_path: Path, loss_ty
         trainer.compute_loss(trainer.model, {k: v[rows] if v.ndim else v for k, v in inputs.items()}) for rows in parts
     ]
     objective = grpo(kl_weight=0.3, **LOSSES[loss_type])
-    ours = pair.ours(objective, *(credited[rows] for rows in parts), whole=credited.loss_mask)
+    ours = pair.ours(objective, *(credited[rows] for rows in parts), whole=credited)
     ours.must_be(Result.of(torch.stack(losses).sum(), trainer.model))
 
 
@@ -457,5 +457,5 @@ def test_sft_with_accumulated_gradients(supervised: Supervised) -> None:
     count = (batch["labels"][:, 1:] != -100).sum()
     loss = partial(trainer.compute_loss, trainer.model, num_items_in_batch=count)
     losses = [loss({name: value[rows] for name, value in batch.items()}) for rows in parts]
-    ours = pair.ours(SFTObjective("token"), *(rollout[rows] for rows in parts), whole=rollout.loss_mask)
+    ours = pair.ours(SFTObjective("token"), *(rollout[rows] for rows in parts), whole=rollout)
     ours.must_be(Result.of(torch.stack(losses).sum(), trainer.model))

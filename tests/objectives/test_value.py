@@ -93,10 +93,7 @@ def test_micro_batches_add_up() -> None:
     objective, critic = ValueObjective(clip=0.2), Critic()
     whole = objective(batch_of(rollout, critic=critic)).total
     parts = [slice(0, 2), slice(2, 5)]
-    cut = [
-        objective(Batch(rollout[s], {"critic": critic}, {}, torch.Generator(), rollout, s)).total
-        for s in parts
-    ]
+    cut = [objective(Batch(rollout[s], {"critic": critic}, {}, torch.Generator(), rollout, s)).total for s in parts]
     assert torch.allclose(sum(cut), whole)  # type: ignore[arg-type]
 
 

@@ -47,15 +47,21 @@ class NStepReturn:
         Each is `[B, T]`; a column `bootstrap [B]`, if there is one, is the value after a sample's last step.
 
         Raises:
-            ValueError: there is no reward.
+            ValueError: there is no reward, or a sample is cut in its middle and a column should bootstrap it.
         """
         if rollout.reward is None:
             raise ValueError("NStepReturn: the rollout has no reward; give the stage a reward that trains")
         reward = on_last_step(rollout.reward, rollout.mask) if rollout.reward.ndim == 1 else rollout.reward
         discount = rollout.discount if self.discount is None else rollout.discount * knobs[self.discount.name]
-        total, factor = n_step_return(reward, discount, self.n, rollout.mask)
+        cut = rollout.get("cut")
+        total, factor = n_step_return(reward, discount, self.n, rollout.mask, cut=cut)
         columns: dict[str, Tensor] = {"n_step_return": total, "n_step_discount": factor}
         if self.bootstrap is not None:
+            if cut is not None and bool(cut[:, :-1].any()):
+                raise ValueError(
+                    "NStepReturn: a sample goes on with another episode after a cut, and has no value there; collect "
+                    "whole episodes (EnvTask(episodes=True)), or leave bootstrap=None and let TDObjective add the value"
+                )
             after = rollout.get("bootstrap")
             columns["value_target"] = n_step_target(
                 reward, rollout[self.bootstrap], discount, self.n, rollout.mask, after
