@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -136,3 +137,9 @@ PAPER = Paper(
 def load(slug: str = "tiny") -> Paper:
     """The paper, as worker processes find it; `regimen.papers.load` for tests."""
     return PAPER
+
+
+def load_cached() -> Paper:
+    """The paper with its start kept between experiments; `killed` concerns the target alone."""
+    kept = dataclasses.replace(PAPER.arms[0], cached=True, ignores=["killed"])
+    return dataclasses.replace(PAPER, arms=[kept, *PAPER.arms[1:]])

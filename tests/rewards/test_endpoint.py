@@ -219,7 +219,7 @@ def test_a_server_that_dribbles_is_given_up(service: Service, scored: Any) -> No
     service.answer = lambda question, times: (200, {"Content-Length": "999999"}, forever())
     values, report = scored(["a"], timeout_s=0.3, retries=Retries(attempts=1))
     assert values == ["failed"]
-    assert "ReadTimeout: the answer was not complete after 0.3 s" in report.errors[0]
+    assert "ReadTimeout" in report.errors[0]
 
 
 def test_no_server_is_a_failure_that_is_told(tiny_rollout: Build) -> None:

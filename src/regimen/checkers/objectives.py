@@ -91,8 +91,7 @@ def _check_slices(objective: Objective, rollout: Rollout, setting: Setting, find
         cut = max(1, len(rollout) // 3)
         parts = [slice(0, cut), slice(cut, len(rollout))]
         losses = [
-            _ask(objective, rollout[rows], setting, findings, rng=rng, whole=rollout, rows=rows)
-            for rows in parts
+            _ask(objective, rollout[rows], setting, findings, rng=rng, whole=rollout, rows=rows) for rows in parts
         ]
         return sum(float(loss.total.detach()) for loss in losses)
 

@@ -75,7 +75,8 @@ class Display:
             return
         self._done[key] = note.done
         if note.kind == "warning":
-            self._print(f"[yellow]warning[/yellow] {name}, {note.stage} {note.step}: {escape(note.text)}")
+            place = f", {note.stage} {note.step}" if note.stage else ""
+            self._print(f"[yellow]warning[/yellow] {name}{place}: {escape(note.text)}")
         elif note.kind == "evaluation":
             self._metrics[key] = _numbers(note.metrics)
             if not self._live and time.monotonic() - self._logged > _LOG_PAUSE_S:
@@ -90,7 +91,8 @@ class Display:
         name, count = _name(key), f"[dim]{told.finished}/{told.jobs}[/dim]"
         if told.kind == "done":
             spent = time.monotonic() - self._begun.get(key, time.monotonic())
-            self._print(f"{count} [green]done[/green] {name} in {spent:.0f} s: {_numbers(told.metrics)}")
+            how = f", {told.text}" if told.text else f" in {spent:.0f} s"
+            self._print(f"{count} [green]done[/green] {name}{how}: {_numbers(told.metrics)}")
         elif told.kind == "failed":
             self._print(f"{count} [red]failed[/red] {name}: {escape(told.text)}")
         elif told.kind == "died":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 import re
@@ -31,6 +32,9 @@ class Arm:
         build: `(seed, settings) -> Regimen`, the whole of the arm's own training.
         start: another arm whose final cast this one starts from; what that arm spent is charged to this one too.
         extended: trained only when asked for by name, or at scale "full".
+        cached: keep what it trains for later experiments with the same configuration, see `regimen.lab.cache`; for
+            an arm that others start from and that starts from none itself.
+        ignores: settings that a cached arm does not depend on, nor its evaluations.
     """
 
     name: str
@@ -38,6 +42,15 @@ class Arm:
     build: Callable[[int, Settings], Regimen]
     start: str | None = None
     extended: bool = False
+    cached: bool = False
+    ignores: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if (self.cached and self.start is not None) or (self.ignores and not self.cached):
+            raise ValueError(
+                f"arm '{self.name}': cached={self.cached}, start={self.start!r}, ignores={list(self.ignores)}; "
+                "expected a cached arm to have no start, and `ignores` of a cached arm only"
+            )
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,12 @@ class Paper:
                     f"{self.slug}: arm '{arm.name}' starts from '{arm.start}'; expected an arm listed before it: "
                     f"{', '.join(names[:position]) or 'none'}"
                 )
+        fields = {field.name for settings in self.scales.values() for field in dataclasses.fields(settings)}
+        for arm in self.arms:
+            if absent := sorted(set(arm.ignores) - fields):
+                raise ValueError(
+                    f"{self.slug}: arm '{arm.name}' ignores settings that there are not: {', '.join(absent)}"
+                )
         for claim in self.claims:
             if absent := sorted(set(claim.arms) - set(names)):
                 raise ValueError(
@@ -179,6 +198,10 @@ class Paper:
         """The arms asked for, with those that they start from; all but the extended ones if none are asked for."""
         if names is None:
             names = [arm.name for arm in self.arms if scale == "full" or not arm.extended]
+        if not names:
+            raise ExperimentError(
+                f"no arm of {self.slug} is named; expected some of {', '.join(arm.name for arm in self.arms)}"
+            )
         wanted: set[str] = set()
         for name in names:
             arm: Arm | None = self.arm(name)

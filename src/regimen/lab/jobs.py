@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -18,13 +19,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from regimen.lab.cache import CacheEntry, content_key
 from regimen.lab.crew import Line, Stopped
 from regimen.lab.experiment import Arm, ArmResult, Paper, Settings
 from regimen.lab.settings import build
 from regimen.loop import Interrupted, train
 from regimen.progress import Event
 from regimen.regimen import Regimen
-from regimen.storage import load_tree, write_text
+from regimen.storage import StorageError, load_tree, write_text
 
 RESULT, OUTPUT = "result.json", "output.txt"
 _PAUSE_S = 0.2
@@ -39,6 +41,7 @@ class Job:
         arm, seed, settings, knobs: what is trained.
         out: the experiment's folder.
         resume: whether to continue what is in the job's folder.
+        cache: where the trained folders of cached arms are kept.
     """
 
     load: Callable[[], Paper]
@@ -48,6 +51,7 @@ class Job:
     knobs: Mapping[str, float]
     out: Path
     resume: bool
+    cache: Path
 
     @property
     def folder(self) -> Path:
@@ -80,7 +84,10 @@ class Note:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a finished job did: its stages, its evaluations, what it spent itself, health warnings with counts."""
+    """What a finished job did: its stages, its evaluations, what it spent itself, health warnings with counts.
+
+    If it was `cached`, an earlier experiment spent that; it is charged all the same.
+    """
 
     stages: list[str]
     evaluations: list[dict[str, Any]]
@@ -89,6 +96,7 @@ class JobResult:
     gradient_steps: int
     seconds: float
     warnings: dict[str, int]
+    cached: bool = False
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:
@@ -127,14 +135,24 @@ def train_job(job: Job, line: Line) -> None:
             raise Stopped
         line.tell(Note("begin"))
         paper = job.load()
-        regimen = _start(job, paper)
-        listener = _Listener(line, regimen, list(paper.metrics))
-        try:
-            outcome = train(regimen, seed=job.seed, out=job.folder, resume=job.resume, listener=listener)
-        except Interrupted:
-            raise Stopped from None
+        entry = _cache_entry(job, paper)
+        result = None if entry is None else _recall(entry, job.folder, line)
+        if result is None:
+            result = _train(job, paper, line)
+            if entry is not None and result.gradient_steps:
+                _keep(entry, job.folder, result, line)
+    write_text(job.folder / RESULT, json.dumps(vars(result), indent=1))
+
+
+def _train(job: Job, paper: Paper, line: Line) -> JobResult:
+    regimen = _start(job, paper)
+    listener = _Listener(line, regimen, list(paper.metrics))
+    try:
+        outcome = train(regimen, seed=job.seed, out=job.folder, resume=job.resume, listener=listener)
+    except Interrupted:
+        raise Stopped from None
     spent = outcome.counters
-    result = JobResult(
+    return JobResult(
         stages=[stage.name for stage in regimen.stages],
         evaluations=outcome.evaluations,
         samples=spent.samples,
@@ -143,7 +161,35 @@ def train_job(job: Job, line: Line) -> None:
         seconds=spent.seconds,
         warnings=outcome.warnings,
     )
-    write_text(job.folder / RESULT, json.dumps(vars(result), indent=1))
+
+
+def _cache_entry(job: Job, paper: Paper) -> CacheEntry | None:
+    """Where a cached arm's training is kept; `None` for an arm that is not."""
+    arm = paper.arm(job.arm)
+    if not arm.cached:
+        return None
+    settings = {k: v for k, v in dataclasses.asdict(job.settings).items() if k not in arm.ignores}
+    configuration = {"paper": paper.slug, "arm": arm.name, "seed": job.seed, "settings": settings, "knobs": job.knobs}
+    name = f"{paper.slug}-{arm.name}-seed{job.seed}-{content_key(arm.build, configuration)}"
+    return CacheEntry(job.cache / name)
+
+
+def _recall(entry: CacheEntry, folder: Path, line: Line) -> JobResult | None:
+    """What an earlier experiment kept; a damaged entry is removed, with a warning."""
+    try:
+        kept = entry.recall(folder)
+        return None if kept is None else JobResult(**{**kept, "cached": True})
+    except (StorageError, TypeError) as error:
+        line.tell(Note("warning", text=f"{error}; it is trained again"))
+        entry.drop()
+        return None
+
+
+def _keep(entry: CacheEntry, folder: Path, result: JobResult, line: Line) -> None:
+    try:
+        entry.keep(folder, vars(result))
+    except StorageError as error:
+        line.tell(Note("warning", text=str(error)))
 
 
 def _start(job: Job, paper: Paper) -> Regimen:

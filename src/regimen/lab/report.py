@@ -39,7 +39,7 @@ def write_report(out: Path) -> Path:
     results = read_results(out)
     gallery = _Gallery(out / "plots")
     sections = [_learning(results, gallery), _rewards(out, results, gallery), _knobs(out, results, gallery)]
-    template = resources.files("regimen.lab").joinpath("report.html.j2").read_text()
+    template = resources.files("regimen.lab").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         template
     )
@@ -226,7 +226,7 @@ def _samples(out: Path, results: Results) -> list[dict[str, Any]]:
             prefix = f"{iterations:06d}-{stage}-"
             for path in sorted(folder.glob(f"{prefix}*")):
                 caption = f"{arms[name]['title']}, seed {seed}: " + ("before" if stage == "start" else f"after {stage}")
-                text = None if path.suffix == ".png" else "\n".join(path.read_text().splitlines()[:_TEXT_LINES])
+                text = None if path.suffix == ".png" else "\n".join(path.read_text("utf-8").splitlines()[:_TEXT_LINES])
                 sheet = {"caption": caption, "text": text, "data": _data(path.read_bytes()) if text is None else ""}
                 kinds.setdefault(path.stem.removeprefix(prefix), []).append(sheet)
     return [{"name": name.replace("_", " "), "sheets": sheets} for name, sheets in kinds.items()]

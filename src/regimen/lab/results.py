@@ -9,7 +9,8 @@ Numbers that are not finite are `null`. Version 1 holds:
 - `versions` (regimen, python, torch, numpy); `machine` (platform, cpus, workers)
 - `arms`: by arm and by seed: `stages`, `evaluations` (`stage`, `step`, `iterations`, `samples`, `rows`,
   `gradient_steps`, `metrics`), `final` (metrics at the end), `samples`, `rows`, `gradient_steps`, `seconds` (those of
-  the arms that it starts from included), `own` (the same four without them), `warnings` (counts by text)
+  the arms that it starts from included), `own` (the same four without them), `cached` (whether an earlier experiment
+  trained it), `warnings` (counts by text)
 - `intervals`: by arm and by metric: `mean`, `low`, `high` over seeds at the end
 - `claims`: `name`, `text`, `arms`, `above`, `judged`, `values` (by seed), `missing` (reason by seed), `mean`, `low`,
   `high`, `verdict`, `note`
@@ -84,9 +85,17 @@ class Findings:
     def results(self) -> dict[int, dict[str, ArmResult]]:
         """By seed and arm, with the costs of the arms that each starts from."""
         return {
-            seed: {name: charged(self.paper.arm(name), self.paper, jobs) for name in self.arms if name in jobs}
+            seed: {
+                name: charged(self.paper.arm(name), self.paper, jobs) for name in self.arms if self._there(name, jobs)
+            }
             for seed, jobs in self.jobs.items()
         }
+
+    def _there(self, name: str | None, jobs: Mapping[str, JobResult]) -> bool:
+        """Whether an arm is trained, and all that it starts from: somebody may have removed a folder."""
+        while name is not None and name in jobs:
+            name = self.paper.arm(name).start
+        return name is None
 
     def as_json(self) -> dict[str, Any]:
         """The content of `results.json`; see the module."""
@@ -140,6 +149,7 @@ class Findings:
                 "final": result.final if own.evaluations else {},
                 **{what: getattr(result, what) for what in spent},
                 "own": {what: getattr(own, what) for what in spent},
+                "cached": own.cached,
                 "warnings": own.warnings,
             }
         return entries

@@ -15,13 +15,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from regimen.lab.cache import cache_folder
 from regimen.lab.crew import Crew, Report
 from regimen.lab.experiment import ExperimentError, Paper, Settings
-from regimen.lab.jobs import OUTPUT, Job, Note, read_result, run_folder, train_job
+from regimen.lab.jobs import OUTPUT, RESULT, Job, Note, read_result, run_folder, train_job
 from regimen.lab.results import FILE, Failure, Findings, read_results, versions
 from regimen.lab.settings import override
+from regimen.storage import StorageError
 
 MAX_DEATHS = 3
+LOCK = ".lock"
 _TICK_S = 0.2
 
 Key = tuple[str, int]
@@ -42,7 +45,7 @@ class Progress:
         arm, seed: which job.
         note: what it tells.
         metrics: the paper's metrics at the end of a job that is done.
-        text: a reason.
+        text: a reason, or where what is done comes from if it was not trained.
         finished, jobs: how many there are.
     """
 
@@ -72,6 +75,7 @@ class Plan:
         overrides: texts by name of a setting or a knob.
         resume: continue what is in `out`, with the same settings; seeds and arms may be added, by default none are.
         workers: processes; by default one per CPU, or one if the settings have a `device` that is not "cpu".
+        cache: where the trained folders of cached arms are kept.
     """
 
     load: Callable[[], Paper]
@@ -82,6 +86,7 @@ class Plan:
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resume: bool = False
     workers: int | None = None
+    cache: Path = dataclasses.field(default_factory=cache_folder)
 
 
 def run_experiment(plan: Plan, listener: Listener = lambda progress: None) -> dict[str, Any]:
@@ -91,11 +96,14 @@ def run_experiment(plan: Plan, listener: Listener = lambda progress: None) -> di
     from it; the others go on.
 
     Raises:
-        ExperimentError: the plan does not fit the paper, or the folder holds another experiment.
+        ExperimentError: the plan does not fit the paper, or the folder holds another experiment, or another process
+            is at work there.
         ExperimentInterrupted: Ctrl-C or SIGTERM; go on with `resume`.
         StorageError: `results.json` cannot be written.
     """
-    return _Experiment(plan, listener).run()
+    experiment = _Experiment(plan, listener)
+    with _alone(plan.out):
+        return experiment.run()
 
 
 class _Experiment:
@@ -132,7 +140,8 @@ class _Experiment:
     def _job(self, key: Key) -> Job:
         arm, seed = key
         resume = self.plan.resume or key in self.deaths
-        return Job(self.plan.load, arm, seed, self.findings.settings, self.knobs, self.plan.out, resume)
+        plan = self.plan
+        return Job(plan.load, arm, seed, self.findings.settings, self.knobs, plan.out, resume, plan.cache)
 
     def _ready(self) -> Key | None:
         """The first waiting job whose start is trained; those whose start has failed are given up."""
@@ -163,7 +172,9 @@ class _Experiment:
             self._write()
             result = self.findings.jobs[key[1]][key[0]]
             final = result.evaluations[-1]["metrics"] if result.evaluations else {}
-            self._tell("done", key, metrics={m: final[m] for m in self.findings.paper.metrics if m in final})
+            shown = {m: final[m] for m in self.findings.paper.metrics if m in final}
+            text = f"kept from an earlier run, which took {result.seconds:.0f} s" if result.cached else ""
+            self._tell("done", key, metrics=shown, text=text)
         elif report.kind == "failed":
             self._fail(key, f"{report.content} (more in {run_folder(self.plan.out, *key) / OUTPUT})")
         elif not self.stopping:
@@ -220,6 +231,25 @@ class _Experiment:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two processes in one folder would overwrite each other's runs; the system lifts the lock when ours ends."""
+    try:
+        file = (out / LOCK).open("w")
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written: {error}; free some room or choose another folder") from error
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExperimentError(f"another process is at work in {out}; wait for it or stop it first") from None
+        except (ImportError, OSError):
+            pass  # Windows and some network disks have no such lock.
+        yield
+
+
 def _opened(plan: Plan) -> tuple[Findings, dict[str, float]]:
     """Make the folder, or check that it holds the same experiment; what is to be found, and the knobs to set."""
     paper = plan.load()
@@ -247,6 +277,11 @@ def _opened(plan: Plan) -> tuple[Findings, dict[str, float]]:
 def _before(plan: Plan) -> dict[str, Any] | None:
     """What `results.json` holds, if a run is to be continued."""
     if not (plan.out / FILE).exists():
+        if found := next(plan.out.glob(f"*/seed*/{RESULT}"), None):
+            raise ExperimentError(
+                f"{plan.out} has no {FILE}, so that nobody can say with which settings {found.parent} was trained; "
+                "choose another --out"
+            )
         return None
     if not plan.resume:
         raise ExperimentError(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 from regimen.lab.experiment import Arm, ExperimentError, Paper, Settings, nearest
 from regimen.regimen import Regimen, Stage
 
+MAX_SEEDS = 1000
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -26,7 +30,8 @@ def override(
         seed: to build them with.
 
     Raises:
-        ExperimentError: nothing has that name, its value is of another kind, or no arm would heed it.
+        ExperimentError: nothing has that name, its value is of another kind, no arm would heed it, or the settings
+            name a device that this machine does not have.
     """
     settings = paper.settings(scale)
     hints = get_type_hints(type(settings))
@@ -35,6 +40,7 @@ def override(
     knobs = {name: parse(text, float, name) for name, text in assignments.items() if name not in fields}
     try:
         settings = dataclasses.replace(settings, **changed)
+        _check_device(getattr(settings, "device", "cpu"))
         if knobs:
             _check_knobs(knobs, (build(arm, seed, settings, knobs) for arm in arms), fields)
     except ExperimentError:
@@ -61,8 +67,10 @@ def parse(text: str, kind: Any, name: str) -> Any:
     try:
         return _parse(text.strip(), kind)
     except (ValueError, KeyError):
-        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        raise ExperimentError(f"--set {name}={text}: expected a value of type {expected}") from None
+        expected = f"a value of type {kind.__name__ if isinstance(kind, type) else str(kind).replace('typing.', '')}"
+        if get_origin(kind) is Literal:
+            expected = f"one of {', '.join(map(str, get_args(kind)))}"
+        raise ExperimentError(f"--set {name}={text}: expected {expected}") from None
 
 
 def _parse(text: str, kind: Any) -> Any:
@@ -80,8 +88,10 @@ def _parse(text: str, kind: Any) -> Any:
         return _TRUTH[text.lower()]
     if kind is int:
         return int(text.replace("_", ""))
-    if kind in (float, str):
-        return kind(text)
+    if kind is str:
+        return text
+    if kind is float and not math.isnan(value := float(text)):
+        return value
     raise ValueError(text)
 
 
@@ -92,6 +102,19 @@ def _first(text: str, kinds: Sequence[Any]) -> Any:
         except (ValueError, KeyError):
             continue
     raise ValueError(text)
+
+
+def _check_device(name: str) -> None:
+    """Whether settings that name a device can be trained here; better said once than by every job."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ExperimentError(f"device '{name}' is none that torch knows: {error}") from error
+    if device.type == "cuda" and torch.cuda.device_count() <= (device.index or 0):
+        raise ExperimentError(
+            f"these settings train on device '{name}', and this machine has {torch.cuda.device_count()} CUDA devices "
+            "that torch can use; run them on another machine, or choose another with --set device=..."
+        )
 
 
 def _check_knobs(knobs: Mapping[str, float], regimens: Iterable[Regimen], fields: Sequence[str]) -> None:
@@ -131,6 +154,8 @@ def parse_seeds(text: str) -> list[int]:
             raise ExperimentError(
                 f"--seeds {text}: '{part.strip()}' is no seed or range; expected a text like 0-4 or 7,8,9"
             )
+        if int(last or first) - int(first) >= MAX_SEEDS:
+            raise ExperimentError(f"--seeds {text}: '{part.strip()}' is over {MAX_SEEDS} seeds; expected fewer")
         seeds.extend(range(int(first), int(last or first) + 1))
     return sorted(set(seeds))
 

@@ -7,7 +7,6 @@ means anything yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regimen.functions.answers import exact_match
 from regimen.knobs import Knob
 from regimen.models.small_decoder import small_decoder, word_tokenizer
 from regimen.policies.token import TokenPolicy
@@ -23,13 +23,12 @@ from regimen.rollout import Rollout
 from regimen.tasks.arithmetic import chained_arithmetic, chained_vocabulary, modular_facts
 from regimen.tasks.dataset import DatasetTask
 from regimen.tasks.generated import GeneratedTask
-from regimen.tasks.text import TextEvaluator
+from regimen.tasks.worlds.budgeted import budgeted_evaluator
 
 TEMPLATE = "{question} <{token_budget}> <think>"
-OPENED = "<think>"
-"""What a prompt has already opened."""
+_HELD_OUT_SEED = 2**40
 
-Row = dict[str, Any]
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class ChainsWorld:
         longest_budget: budgets from 1 to this are words.
         max_new_tokens: longest answer.
         held_out: questions for evaluation, which are never trained on.
-        slack: an answer counts for `accuracy_cut` if it ends within `slack` times the budget.
+        verifier: whether an answer is right.
+        opened: what a prompt has already opened.
     """
 
     seed: int
@@ -54,7 +54,9 @@ class ChainsWorld:
     longest_budget: int = 48
     max_new_tokens: int = 80
     held_out: int = 500
-    slack: float = 1.25
+
+    verifier = staticmethod(exact_match)
+    opened = "<think>"
 
     def policy(self) -> TokenPolicy:
         """A decoder with random weights."""
@@ -64,30 +66,28 @@ class ChainsWorld:
         return TokenPolicy(decoder, tokenizer, max_new_tokens=self.max_new_tokens)
 
     @cached_property
-    def test(self) -> list[Row]:
+    def test(self) -> Rows:
         """The held-out questions, each once."""
-        found: dict[str, Row] = {}
-        batch = 0
+        found: dict[str, dict[str, Any]] = {}
+        seed = _HELD_OUT_SEED + 1000 * self.seed
         while len(found) < self.held_out:
-            rows = self._chains(self.held_out, 2**40 + 1000 * self.seed + batch)
-            found |= {row["question"]: row for row in rows}
-            batch += 1
+            found |= {row["question"]: row for row in self._chains(self.held_out, seed)}
+            seed += 1
         return list(found.values())[: self.held_out]
 
     @cached_property
     def _tested(self) -> frozenset[str]:
         return frozenset(row["question"] for row in self.test)
 
-    def rows(self, count: int, seed: int, restate: int = 1) -> list[Row]:
+    def rows(self, count: int, seed: int, restate: int = 1) -> Rows:
         """Questions that are not held out, with solutions."""
-        found: list[Row] = []
+        found: Rows = []
         while len(found) < count:
-            drawn = self._chains(count, seed, restate)
-            found += [row for row in drawn if row["question"] not in self._tested]
+            found += [row for row in self._chains(count, seed, restate) if row["question"] not in self._tested]
             seed += 1
         return found[:count]
 
-    def _chains(self, count: int, seed: int, restate: int = 1) -> list[Row]:
+    def _chains(self, count: int, seed: int, restate: int = 1) -> Rows:
         return chained_arithmetic(count, seed, digits=self.digits, modulus=self.modulus, restate=(1, restate))
 
     def facts(self, policy: TokenPolicy) -> DatasetTask:
@@ -106,24 +106,12 @@ class ChainsWorld:
     def questions(self, group_size: int, budget: int) -> GeneratedTask:
         """Fresh questions under the knob `token_budget`, evaluated on the held-out ones under `budget`."""
         return GeneratedTask(
-            "chains",
+            "questions",
             self.rows,
             TEMPLATE,
             reads=[Knob("token_budget", budget, 1, self.longest_budget, integer=True)],
             group_size=group_size,
-            evaluate=self.evaluator(budget),
-        )
-
-    def evaluator(self, budget: int) -> TextEvaluator:
-        """Accuracy, mean tokens, and accuracy of answers cut at `slack` times the budget, whatever was trained with."""
-        limit = self.slack * budget
-
-        def solved_in_time(rollout: Rollout) -> Tensor:
-            return solved(rollout) & (tokens(rollout) <= limit)
-
-        measures = {"accuracy": solved, "tokens": tokens, "accuracy_cut": solved_in_time}
-        return TextEvaluator(
-            self.test, TEMPLATE, measures, knobs={"token_budget": budget}, fields=["question", "answer"], batch_size=500
+            evaluate=budgeted_evaluator(self.test, TEMPLATE, solved, budget),
         )
 
 
@@ -132,8 +120,3 @@ def solved(rollout: Rollout) -> Tensor:
     ends = [f"<answer> {answer} </answer>" for answer in rollout["answer"].tolist()]
     right = [text.endswith(end) for text, end in zip(rollout["text"].tolist(), ends, strict=True)]
     return torch.tensor(right, device=rollout.mask.device) & ~rollout["truncated"]
-
-
-def tokens(rollout: Rollout) -> Tensor:
-    """`[B]`, tokens of the answer, its end included: those that `LengthReward` counts."""
-    return rollout.loss_mask.sum(1)
