@@ -38,7 +38,8 @@ def test_public_names_are_documented(name: str) -> None:
 def test_optional_packages_are_not_imported_by_the_library_itself() -> None:
     program = (
         "import sys, regimen, regimen.models, regimen.policies, regimen.tasks, regimen.rewards, regimen.loop;"
-        "print([m for m in ('diffusers', 'peft', 'transformers', 'rliable', 'accelerate') if m in sys.modules])"
+        "optional = ('diffusers', 'peft', 'transformers', 'rliable', 'accelerate', 'httpx');"
+        "print([m for m in optional if m in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
