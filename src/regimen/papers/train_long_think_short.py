@@ -46,6 +46,7 @@ class Settings:
         tighter_budget: a final budget that forces steps of a chain to be skipped.
         drops: of the budget, at equal distances.
         max_new_tokens: longest answer, the same in every arm.
+        held_out: questions of the evaluation.
         device: where the policy is trained; micro_batch: samples per backward pass, to save memory.
         model, train, test, rule, lora_rank, dtype: of `GSM8KWorld`.
     """
@@ -70,6 +71,7 @@ class Settings:
     tighter_budget: int = 16
     drops: int = 3
     max_new_tokens: int = 80
+    held_out: int = 500
     evaluate_every: int = 20
     device: str = "cpu"
     micro_batch: int | None = None
@@ -83,12 +85,12 @@ class Settings:
 
 def chains(seed: int, s: Settings) -> ChainsWorld:
     """Chained arithmetic for a small decoder."""
-    return ChainsWorld(seed, s.digits, s.modulus, s.restate, s.layers, s.start_budget, s.max_new_tokens)
+    return ChainsWorld(seed, s.digits, s.modulus, s.restate, s.layers, s.start_budget, s.max_new_tokens, s.held_out)
 
 
 def gsm8k(seed: int, s: Settings) -> GSM8KWorld:
     """Word problems for a pre-trained model."""
-    return GSM8KWorld(s.model, s.train, s.test, s.rule, s.lora_rank, s.dtype, s.max_new_tokens)
+    return GSM8KWorld(s.model, s.train, s.test, s.rule, s.lora_rank, s.dtype, s.max_new_tokens, s.held_out)
 
 
 WORLDS: dict[str, Callable[[int, Settings], Any]] = {"chains": chains, "gsm8k": gsm8k}
@@ -306,7 +308,7 @@ PAPER = Paper(
         "questions/accuracy_cut": "accuracy when cut at 1.25 of the budget",
     },
     scales={
-        "quick": Settings(fact_steps=20, trace_steps=30, steps=8, batch_size=32),
+        "quick": Settings(fact_steps=20, trace_steps=30, steps=8, batch_size=32, held_out=100),
         "default": Settings(),
         "full": Settings(
             world="gsm8k",

@@ -233,6 +233,9 @@ def compared(arm: str) -> list[Claim]:
     ]
 
 
+REINFORCEMENT = ("stage_steps", "learning_rate", "clip", "kl_weight", "evaluate_every", "reference")
+"""Settings that the common start does not depend on."""
+
 PAPER = Paper(
     slug="unipic2",
     title="Skywork UniPic 2.0: Building Kontext Model with Online RL for Unified Multimodal Model",
@@ -242,7 +245,7 @@ PAPER = Paper(
     claim="Staged online reinforcement (editing, then generation) of one flow policy raises both tasks over the "
     "jointly pre-trained policy, and the second stage undoes at most a fifth of the first's gain.",
     arms=[
-        Arm("base", "base (joint pre-training)", base),
+        Arm("base", "base (joint pre-training)", base, cached=True, ignores=REINFORCEMENT),
         Arm("supervised", "supervised, continued", supervised, start="base"),
         Arm("edit_only", "editing only", edit_only, start="base"),
         Arm("generate_only", "generation only", generate_only, start="base"),
