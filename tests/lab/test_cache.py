@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def test_only_what_a_start_depends_on_makes_it_another(filled: Path, tmp_path: P
 def test_the_key_covers_source_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     key = content_key(tiny.start, {"seed": 0})
     assert key == content_key(tiny.start, {"seed": 0})
+    assert key == content_key(partial(tiny.start, s=tiny.Settings()), {"seed": 0})
     assert key != content_key(run, {"seed": 0})
     monkeypatch.setattr(cache, "_package_digest", lambda: "another source")
     changed = content_key(tiny.start, {"seed": 0})

@@ -7,6 +7,7 @@ is the run folder of one arm and seed, without its checkpoints, under a hash of 
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import inspect
 import json
@@ -17,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,13 @@ def content_key(build: Callable[..., Any], configuration: Mapping[str, Any]) -> 
     """A hash of what the numbers of a training depend on, 32 hexadecimal digits.
 
     Args:
-        build: makes what is trained; the file that it is defined in counts.
+        build: makes what is trained (a function, or a partial of one); the file that it is defined in counts.
         configuration: names, settings and seed.
 
     The source of this package and the versions of Python and of the libraries that compute count as well.
     """
+    while isinstance(build, functools.partial):
+        build = build.func
     content = {
         "configuration": configuration,
         "sources": [_package_digest(), _digest(Path(inspect.getfile(build)).read_bytes())],
@@ -53,7 +55,7 @@ def content_key(build: Callable[..., Any], configuration: Mapping[str, Any]) -> 
     return _digest(json.dumps(content, sort_keys=True, default=str).encode())[:32]
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _package_digest() -> str:
     root = Path(regimen.__path__[0])
     files = (f"{path.relative_to(root)} {_digest(path.read_bytes())}" for path in sorted(root.rglob("*.py")))
