@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import gymnasium.spaces as spaces
 import numpy as np
@@ -101,6 +101,22 @@ class Acted:
     actions: Tensor
     logprobs: Tensor | None = None
     memory: Tensor | None = None
+
+
+@runtime_checkable
+class Actor(Protocol):
+    """A policy that acts step by step."""
+
+    def act(
+        self,
+        observations: Observations,
+        memory: Tensor | None,
+        begins: Tensor,
+        knobs: Mapping[str, float],
+        rng: torch.Generator,
+    ) -> Acted:
+        """One action for each of `N` copies; see `ActionPolicy.act`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -346,25 +362,16 @@ class ActionPolicy(nn.Module):
         return copy.deepcopy(self).requires_grad_(False).eval()
 
 
-class _Acting(Protocol):
-    """As much of a policy as acts once."""
+class _Placed(Actor, Protocol):
+    """An actor with weights."""
 
     version: int
 
     @property
     def device(self) -> torch.device: ...
 
-    def act(
-        self,
-        observations: Observations,
-        memory: Tensor | None,
-        begins: Tensor,
-        knobs: Mapping[str, float],
-        rng: torch.Generator,
-    ) -> Acted: ...
 
-
-def one_action_each(policy: _Acting, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
+def one_action_each(policy: _Placed, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
     """One action in each context, a sample of one step: a contextual bandit.
 
     A context holds what is observed under the name `observation`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -13,26 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from regimen.knobs import Knob
-from regimen.policies.action import Acted
+from regimen.policies.action import Acted, Actor
 from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
 from regimen.tasks.environments.base import Change, MakeEnv, Observations, VectorEnv
-
-
-@runtime_checkable
-class Actor(Protocol):
-    """A policy that acts step by step."""
-
-    def act(
-        self,
-        observations: Observations,
-        memory: Tensor | None,
-        begins: Tensor,
-        knobs: Mapping[str, float],
-        rng: torch.Generator,
-    ) -> Acted:
-        """One action for each of `N` copies; see `ActionPolicy.act`."""
-        ...
 
 
 class EnvTask:
