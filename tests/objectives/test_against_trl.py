@@ -52,7 +52,8 @@ from regimen.objectives import (
 )
 from regimen.objectives.dpo import rejected_rollout
 from regimen.policies.decoding import Completions
-from regimen.policies.token import Sequences, TokenPolicy
+from regimen.policies.sequences import Sequences
+from regimen.policies.token import TokenPolicy
 from regimen.rollout import Rollout
 from regimen.tasks import DatasetTask
 

@@ -138,7 +138,7 @@ def test_the_sampling_parameters_are_recorded(policy: TokenPolicy) -> None:
     assert {name: float(rollout.knobs[name][0]) for name in sorted(rollout.knobs.keys())} == pytest.approx(
         {"max_new_tokens": 4, "temperature": 0.7, "top_k": 3, "top_p": 1}
     )
-    assert set(rollout.observations["kept"][rollout.loss_mask].tolist()) == {3}
+    assert set(rollout["kept"][rollout.loss_mask].tolist()) == {3}
 
 
 def test_greedy_answers_are_those_of_generate(policy: TokenPolicy) -> None:

@@ -121,7 +121,7 @@ def test_ratio_is_1_before_an_update(kind: str, knobs: dict[str, float]) -> None
     assert float(rollout.logprobs[rollout.loss_mask].max()) < 0
     ratio = (policy.distribution(rollout).logprob - rollout.logprobs).exp()
     assert torch.allclose(ratio, torch.ones_like(ratio), atol=1e-5)
-    assert (rollout.observations is not None) == bool(knobs.keys() & {"top_k", "top_p"})
+    assert (rollout.get("kept") is not None) == bool(knobs.keys() & {"top_k", "top_p"})
 
 
 def test_the_same_stream_gives_the_same_dialogues() -> None:

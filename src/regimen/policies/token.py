@@ -17,6 +17,7 @@ from regimen.functions.categorical import token_logprob
 from regimen.knobs import Knob
 from regimen.models.causal_lm import CausalLM
 from regimen.policies.decoding import Completions, Sampling, decode
+from regimen.policies.sequences import Sequences
 from regimen.policies.stopping import StopAt
 from regimen.policies.vision import Processor, expand_placeholders
 from regimen.rollout import Rollout
@@ -303,7 +304,7 @@ class TokenPolicy(nn.Module):
         temperature = None if rollout.logprobs is None else rollout.knobs.get("temperature", None)
         if temperature is None:
             temperature = torch.ones(len(rollout), device=where.device)
-        kept = None if rollout.observations is None else rollout.observations["kept"][where]
+        kept = None if (sizes := rollout.get("kept")) is None else sizes[where]
         return TokenSteps(
             where, rollout.actions[where], self._hidden(rollout, where), temperature[where.nonzero()[:, 0]], kept,
             self.network, dict(self.heads),
@@ -397,59 +398,6 @@ class TokenPolicy(nn.Module):
     def extra_repr(self) -> str:
         """Settings, for `repr` and the run's configuration."""
         return f"chat={self.chat}, system={self.system!r}, stop={self.stop.texts}"
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Prompts, forced prefixes and answers laid out in rows, with padding at the end only.
-
-    Attributes:
-        tokens: int64 `[B, T]`; mask: bool `[B, T]`; own: bool `[B, T]`, the policy's own steps.
-        prompts: int64 `[B]`, lengths of the prompts.
-        logprobs: `[B, T]`; kept: int64 `[B, T]` or `None`.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    own: Tensor
-    prompts: Tensor
-    logprobs: Tensor
-    kept: Tensor | None
-
-    @classmethod
-    def of(cls, starts: Sequence[Tensor], prefixes: Sequence[Tensor], answers: Completions) -> Self:
-        """Lay out `B` rows."""
-        device = answers.tokens.device
-        prompts = torch.tensor([len(start) for start in starts], device=device)
-        given = prompts + torch.tensor([len(prefix) for prefix in prefixes], device=device)
-        length = given + answers.mask.sum(1)
-        place = torch.arange(int(length.max()), device=device)
-        mask, first = place < length[:, None], place < given[:, None]
-        own = mask & ~first
-        tokens = torch.zeros(mask.shape, dtype=torch.int64, device=device)
-        tokens[first] = torch.cat([x for pair in zip(starts, prefixes, strict=True) for x in pair]).to(device)
-        tokens[own] = answers.tokens[answers.mask]
-        logprobs = answers.logprobs.new_zeros(mask.shape)
-        logprobs[own] = answers.logprobs[answers.mask]
-        kept = None
-        if answers.kept is not None:
-            kept = torch.zeros_like(tokens)
-            kept[own] = answers.kept[answers.mask]
-        return cls(tokens, mask, own, prompts, logprobs, kept)
-
-    def answer_tokens(self) -> list[Tensor]:
-        """What comes after each prompt, forced prefix included."""
-        lengths = self.mask.sum(1).tolist()
-        return [row[p:n] for row, p, n in zip(self.tokens, self.prompts.tolist(), lengths, strict=True)]
-
-    def fields(self, scored: bool) -> dict[str, Any]:
-        """The fields of a rollout."""
-        found: dict[str, Any] = {"actions": self.tokens, "mask": self.mask, "loss_mask": self.own}
-        if scored:
-            found["logprobs"] = self.logprobs
-        if scored and self.kept is not None:
-            found["observations"] = {"kept": self.kept}
-        return found
 
 
 def _distinct(starts: Sequence[Tensor], images: Mapping[str, Tensor] | None) -> tuple[list[int], Tensor]:

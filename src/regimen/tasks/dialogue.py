@@ -212,6 +212,7 @@ class DialogueTask:
     def _rollout(self, policy: TokenPolicy, dialogues: Sequence[Dialogue], knobs: Mapping[str, float]) -> Rollout:
         steps = Layout(dialogues)
         sound = torch.tensor([not dialogue.failure for dialogue in dialogues])
+        scored = knobs["temperature"] > 0
         return Rollout.create(
             task=self.name,
             group=torch.arange(len(dialogues)),
@@ -224,8 +225,8 @@ class DialogueTask:
             discount=self._discounts(steps, dialogues, knobs),
             version=torch.full((len(dialogues),), policy.version),
             columns=_outcomes(dialogues),
-            step_columns=self._replies(steps),
-            **(_likelihood(steps) if knobs["temperature"] > 0 else {}),
+            step_columns=self._replies(steps) | (_supports(steps) if scored else {}),
+            **({"logprobs": steps.at_own([turn.said.logprobs for turn in steps.turns])} if scored else {}),
         ).to(policy.device)
 
     def _discounts(self, steps: Layout, dialogues: Sequence[Dialogue], knobs: Mapping[str, float]) -> Tensor:
@@ -283,9 +284,7 @@ def _outcomes(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     }
 
 
-def _likelihood(steps: Layout) -> dict[str, Any]:
-    """The fields by which the policy scores the rollout as it was sampled."""
-    said = [turn.said for turn in steps.turns]
-    kept = [part.kept for part in said if part.kept is not None]
-    fields: dict[str, Any] = {"logprobs": steps.at_own([part.logprobs for part in said])}
-    return fields | ({"observations": {"kept": steps.at_own(kept)}} if kept else {})
+def _supports(steps: Layout) -> dict[str, Tensor]:
+    """Sizes of the supports that the tokens were sampled from, if the sampler was truncated."""
+    kept = [turn.said.kept for turn in steps.turns if turn.said.kept is not None]
+    return {"kept": steps.at_own(kept)} if kept else {}
