@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,58 +12,87 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 from torch import Tensor
 
+from control_worlds import Clock
 from regimen import Cast, Event, Knob, ReferenceRefresh, Regimen, Stage, Update, train
 from regimen.controllers import Linear, Schedule, Steps
-from regimen.credit import GroupRelativeAdvantage
+from regimen.credit import GAE, GroupRelativeAdvantage
+from regimen.models import ValueNetwork, torso_for
 from regimen.models.small_decoder import small_decoder, word_tokenizer
-from regimen.objectives import ClippedSurrogateObjective, ReferenceKL
-from regimen.policies import FlowPolicy
+from regimen.objectives import ClippedSurrogateObjective, ReferenceKL, ValueObjective
+from regimen.objectives.base import Batch
+from regimen.policies import ActionPolicy, FlowPolicy
 from regimen.policies.token import TokenPolicy
-from regimen.rewards import FunctionReward
+from regimen.rewards import EnvironmentReward, FunctionReward
 from regimen.rollout import Rollout
-from regimen.tasks import PromptTask
+from regimen.tasks import EnvTask, GymnasiumVector, PromptTask
+from regimen.tasks.base import Task
 
 WORDS = ["yes", "no", "perhaps"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A policy with two tasks, two rewards of its samples, and the knob of its sampling effort."""
+    """A policy with tasks by name, two rewards of its samples, and the knob of its sampling effort."""
 
     policy: Any
-    contexts: TensorDict
+    task: Callable[[str], Task]
     first: Callable[[Rollout], Tensor]
     second: Callable[[Rollout], Tensor]
     effort: str
-
-    def task(self, name: str) -> PromptTask:
-        return PromptTask(name, self.contexts, group_size=4)
-
-
-def share_of(word: str) -> Callable[[Rollout], Tensor]:
-    return lambda rollout: torch.tensor([text.split().count(word) / 8 for text in rollout["text"]])
-
-
-@pytest.fixture(params=["flow", "token"])
-def kind(request: pytest.FixtureRequest, tiny_policy: Callable[..., FlowPolicy]) -> Kind:
-    if request.param == "flow":
-        contexts = TensorDict({"condition": torch.arange(2)}, batch_size=[2])
-        policy = tiny_policy(sampling_steps=8)
-        return Kind(policy, contexts, brightness, lambda r: -r["image"].square().mean((1, 2, 3)), "sampling_steps")
-    contexts = TensorDict({"prompt": NonTensorStack("yes no", "no perhaps yes")}, batch_size=[2])
-    tokenizer = word_tokenizer(WORDS)
-    model = small_decoder(len(tokenizer), dim=16, layers=1, heads=2, positions=64)
-    return Kind(
-        TokenPolicy(model, tokenizer, max_new_tokens=8), contexts, share_of("yes"), share_of("no"), "max_new_tokens"
-    )
 
 
 def brightness(rollout: Rollout) -> Tensor:
     return rollout["image"].mean((1, 2, 3))
 
 
+def share_of_word(word: str, rollout: Rollout) -> Tensor:
+    return torch.tensor([text.split().count(word) / 8 for text in rollout["text"]])
+
+
+def share_of_action(action: int, rollout: Rollout) -> Tensor:
+    return ((rollout.actions == action) & rollout.mask).sum(1) / 8
+
+
+def flow(tiny_policy: Callable[..., FlowPolicy]) -> Kind:
+    contexts = TensorDict({"condition": torch.arange(2)}, batch_size=[2])
+    return Kind(
+        tiny_policy(sampling_steps=8), partial(PromptTask, rows=contexts, group_size=4), brightness,
+        lambda r: -r["image"].square().mean((1, 2, 3)), "sampling_steps",
+    )  # fmt: skip
+
+
+def token() -> Kind:
+    contexts = TensorDict({"prompt": NonTensorStack("yes no", "no perhaps yes")}, batch_size=[2])
+    tokenizer = word_tokenizer(WORDS)
+    model = small_decoder(len(tokenizer), dim=16, layers=1, heads=2, positions=64)
+    return Kind(
+        TokenPolicy(model, tokenizer, max_new_tokens=8), partial(PromptTask, rows=contexts, group_size=4),
+        partial(share_of_word, "yes"), partial(share_of_word, "no"), "max_new_tokens",
+    )  # fmt: skip
+
+
+def action() -> Kind:
+    """Episodes as long as the knob `length` says; four of a group start alike."""
+
+    def make(count: int) -> GymnasiumVector:
+        return GymnasiumVector([partial(Clock, 8)] * count, reads=[Knob("length", 8, 1, integer=True)])
+
+    policy = ActionPolicy.for_spaces(Clock.observation_space, Clock.action_space, widths=(16,))
+    task = partial(EnvTask, make=make, copies=8, steps=8, episodes=True, siblings=4, evaluation_episodes=2)
+    return Kind(policy, task, partial(share_of_action, 1), partial(share_of_action, 0), "length")
+
+
+@pytest.fixture(params=["flow", "token", "action"])
+def kind(request: pytest.FixtureRequest, tiny_policy: Callable[..., FlowPolicy]) -> Kind:
+    return kinds(tiny_policy)[request.param]()
+
+
+def kinds(tiny_policy: Callable[..., FlowPolicy]) -> dict[str, Callable[[], Kind]]:
+    return {"flow": partial(flow, tiny_policy), "token": token, "action": action}
+
+
 def stage(kind: Kind, *tasks: str, **changes: Any) -> Stage:
-    """One stage for both kinds: nothing in it names a kind."""
+    """One stage for all kinds: nothing in it names a kind."""
     settings: dict[str, Any] = {
         "steps": 6,
         "batch_size": 16,
@@ -74,7 +104,7 @@ def stage(kind: Kind, *tasks: str, **changes: Any) -> Stage:
         "rules": [ReferenceRefresh(mode="copy")],
         **changes,
     }
-    return Stage("both", [kind.task(name) for name in tasks], **settings)
+    return Stage("any", [kind.task(name) for name in tasks], **settings)
 
 
 def run(kind: Kind, *stages: Stage, **knobs: float) -> list[Mapping[str, float]]:
@@ -109,7 +139,7 @@ def test_the_budget_in_force_is_the_length_that_is_sampled(kind: Kind) -> None:
 
     def seen(rollout: Rollout) -> Tensor:
         own = int((rollout.mask & rollout.loss_mask).sum(1).max())
-        lengths.append(own if kind.effort == "max_new_tokens" else rollout.steps)
+        lengths.append(rollout.steps if kind.effort == "sampling_steps" else own)
         return torch.arange(len(rollout)).float()
 
     budget = Schedule(kind.effort, Steps(8, 2, n_drops=2, total=6))
@@ -140,3 +170,60 @@ def test_each_kind_learns_what_the_reward_asks_of_it(kind: Kind) -> None:
     metrics = run(kind, stage(kind, "only", steps=40, batch_size=64, updates=[learning], rules=[],
                               reward=FunctionReward(kind.first, "first")))  # fmt: skip
     assert metrics[-1]["reward/total"] > metrics[0]["reward/total"] + 0.3
+
+
+def test_one_surrogate_starts_at_ratio_one_on_all_kinds(tiny_policy: Callable[..., FlowPolicy]) -> None:
+    surrogate, credit = ClippedSurrogateObjective(clip=0.2), GroupRelativeAdvantage(ddof=0)
+    for make in kinds(tiny_policy).values():
+        one = make()
+        rng, cast = torch.Generator().manual_seed(0), Cast(policy=one.policy)
+        task = one.task("only")
+        knobs = {knob.name: knob.default for knob in (*one.policy.knobs, *getattr(task, "knobs", ()))}
+        rollout = task.collect(cast, knobs, rng, 16)
+        judged = credit(rollout.replace(reward=torch.randn(16, generator=rng)), knobs, cast)
+        loss = surrogate(Batch(judged, cast, knobs, rng))
+        # Exactly 1 but for the rounding of a batched pass beside a step-wise one.
+        assert float(loss.metrics["ratio_deviation"]) < 2e-6, one.effort
+        # At ratio 1 the surrogate is minus the mean advantage, which is 0 within every group of equal lengths.
+        weights = Batch(judged, cast, knobs, rng).weights("sequence")
+        assert float(loss.total.detach()) == pytest.approx(-float((judged.advantages * weights).sum()), abs=1e-5)
+        assert float(loss.metrics["clip_share"]) == 0
+
+
+def test_a_schedule_moves_the_discount_that_credit_reads() -> None:
+    """Five steps that pay 1 each, then the end: a return is the sum of the powers of the discount in force."""
+    seen: list[Tensor] = []
+
+    class Watched(ValueObjective):
+        def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            seen.append(batch.rollout["value_target"][0])
+            return super().loss(batch)
+
+    task = EnvTask("clock", lambda count: GymnasiumVector([Clock] * count), copies=2, steps=5, episodes=True)
+    space = Clock.observation_space
+    cast = Cast(
+        policy=ActionPolicy.for_spaces(space, Clock.action_space, widths=(4,)),
+        critic=ValueNetwork(torso_for(space, (4,))),
+    )
+    learning = Stage(
+        "discounted", [task], steps=3, batch_size=2, reward=EnvironmentReward(), credit=GAE(1.0),
+        updates=[Update(Watched(), ["critic"])],
+        controllers=[Schedule("discount", Linear(0.5, 0.9, total=2))],
+    )  # fmt: skip
+    train(Regimen(cast, [learning]), seed=0, listener=lambda event: None)
+    for target, discount in zip(seen, (0.5, 0.7, 0.9), strict=True):
+        powers = [sum(discount**k for k in range(left)) for left in (5, 4, 3, 2, 1)]
+        assert target.tolist() == pytest.approx(powers, rel=1e-5)
+
+
+def test_siblings_of_an_environment_are_compared_with_each_other_alone() -> None:
+    """Returns of two groups differ by their starts; what is left after credit is only what siblings did."""
+    one = action()
+    rng, cast, task = torch.Generator().manual_seed(0), Cast(policy=one.policy), one.task("only")
+    rollout = task.collect(cast, {"temperature": 1.0, "length": 8.0, "discount": 1.0}, rng, 16)
+    assert rollout.group.tolist() == [row // 4 for row in range(16)]
+    paid = one.first(rollout) + rollout.group * 100.0
+    credited = GroupRelativeAdvantage(ddof=0)(rollout.replace(reward=paid), {}, cast)
+    means = credited.advantages[:, 0].reshape(4, 4).mean(1)
+    assert means.tolist() == pytest.approx([0] * 4, abs=1e-4)
+    assert float(credited.advantages.abs().max()) < 3

@@ -20,7 +20,7 @@ from regimen.policies import ActionPolicy
 from regimen.rewards import EnvironmentReward
 from regimen.runs import read_metrics
 from regimen.storage import load_tree
-from regimen.tasks import EnvTask, Gymnasium, GymnasiumVector
+from regimen.tasks import EnvTask, Gymnasium, GymnasiumVector, ParallelTask
 from regimen.tasks.environments.tensor import GridWorld
 
 LENGTH = Knob("length", 3, 1, 100, integer=True)
@@ -42,17 +42,24 @@ WORLDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "grid": (partial(GridWorld, lines=["S..", ".#.", "..G"], limit=15), {}),
     "a knob that moves": (clocks, {}),
     "whole episodes": (Gymnasium("CartPole-v1"), {"recurrent": 4}),
+    "two that collect": (Gymnasium("CartPole-v1"), {}),
 }
 
 
-def regimen_of(kind: str) -> Regimen:
-    make, settings = WORLDS[kind]
-    torch.manual_seed(0)
+def task_of(kind: str, worker: int = 0) -> EnvTask:
     whole = kind == "whole episodes"
-    task = EnvTask("control", make, copies=3, steps=20 if whole else 7, episodes=whole, evaluation_episodes=2)
-    policy = ActionPolicy.for_spaces(*task.spaces, widths=(8,), **settings)
+    return EnvTask(
+        "control", WORLDS[kind][0], copies=3, steps=20 if whole else 7, episodes=whole, evaluation_episodes=2
+    )
+
+
+def regimen_of(kind: str) -> Regimen:
+    settings, one = WORLDS[kind][1], task_of(kind)
+    task = ParallelTask(partial(task_of, kind)) if kind == "two that collect" else one
+    torch.manual_seed(0)
+    policy = ActionPolicy.for_spaces(*one.spaces, widths=(8,), **settings)
     reads = "policy" if "recurrent" in settings else None
-    critic = ValueHead(4) if reads else ValueNetwork(torso_for(task.spaces[0], (8,)))
+    critic = ValueHead(4) if reads else ValueNetwork(torso_for(one.spaces[0], (8,)))
     update = Update(ppo(reads=reads), ["policy", "critic"], batches=Epochs(2, 2, "sample" if reads else "step"))
     moved = {"a knob that moves": "length", "grid": "slip"}.get(kind)
     stage = Stage(

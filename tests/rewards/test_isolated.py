@@ -137,7 +137,7 @@ def test_endless_loop_is_killed_and_the_next_batch_judged(
 def test_programs_that_the_child_started_go_with_it(shared: IsolatedReward, says: Callable[[str], Rollout]) -> None:
     asked(shared, says("fine"))
     assert shared._child is not None
-    group = shared._child._process.pid
+    group = shared._child.process.pid
     assert asked(shared, says("sleep"))[0] == [FAILED] * 6
     assert not running_in_group(group)
 
@@ -161,7 +161,7 @@ def test_crash_is_a_failure_and_nothing_reaches_the_screen(
 def test_time_limit_of_the_stage_ends_the_child_too(shared: IsolatedReward, says: Callable[[str], Rollout]) -> None:
     asked(shared, says("fine"))
     assert shared._child is not None
-    group = shared._child._process.pid
+    group = shared._child.process.pid
     scene = Scene(knobs=Knobs.of(shared), timeout_s=0.2)
     score = shared.judge(says("loop"), scene).components["odd"]
     assert score.errors == ("reward 'odd' did not return within 0.2 s",)
@@ -190,7 +190,7 @@ def test_passes_the_checker(shared: IsolatedReward, says: Callable[[str], Rollou
 def test_closed_children_are_gone(shared: IsolatedReward, says: Callable[[str], Rollout]) -> None:
     asked(shared, says("fine"))
     assert shared._child is not None
-    group = shared._child._process.pid
+    group = shared._child.process.pid
     shared.close()
     assert not running_in_group(group)
 
@@ -204,7 +204,7 @@ def test_child_ends_when_its_parent_is_killed() -> None:
         "    rollout = Rollout.create(task='a', group=torch.arange(2), mask=torch.ones(2, 1, dtype=torch.bool))\n"
         "    reward = IsolatedReward(FunctionReward(operator.attrgetter('group'), 'number'))\n"
         "    assert reward.score(rollout, Scene()).value.tolist() == [0, 1]\n"
-        "    print(reward._child._process.pid, flush=True)\n"
+        "    print(reward._child.process.pid, flush=True)\n"
         "    time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -6,23 +6,18 @@ sends is ever unpickled.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import pickle
-import signal
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from typing import Any
 
 import torch
 
+from regimen.processes import Answer, Child, ChildLost, told
 from regimen.rewards.base import Reward, Scene, Score
 from regimen.rollout import Rollout
-from regimen.storage import StorageError, pack_tree, unpack_tree
-
-START_S = 120.0
+from regimen.storage import pack_tree, unpack_tree
 
 
 class IsolatedReward(Reward):
@@ -61,15 +56,14 @@ class IsolatedReward(Reward):
         self.name, self.reads = reward.name, reward.reads
         self.stateful, self.version = reward.stateful, reward.version
         self._state: dict[str, Any] = reward.save_state()
-        self._child: _Child | None = None
+        self._child: Child | None = None
 
     def score(self, rollout: Rollout, scene: Scene) -> Score:
         """What the inner reward answers."""
-        request = pack_tree({"rollout": rollout.to("cpu").state_dict(), "knobs": dict(scene.knobs)})
+        request = {"rollout": rollout.to("cpu").state_dict(), "knobs": dict(scene.knobs)}
         try:
-            child = self._started()
-            answer = child.ask(request, self.timeout_s)
-        except _ChildLost as lost:
+            answer = self._started().ask(request, self.timeout_s)
+        except ChildLost as lost:
             self.close()
             return Score.failed(len(rollout), f"reward '{self.name}' {lost}", rollout.mask.device)
         except BaseException:
@@ -97,10 +91,10 @@ class IsolatedReward(Reward):
         if child is not None:
             child.kill()
 
-    def _started(self) -> _Child:
+    def _started(self) -> Child:
         if self._child is None:
-            self._child = _Child(self._pickled, pack_tree(self._state), self.memory_mb)
-            self._child.wait_until_ready()
+            hint = f" (it may take {self.memory_mb} MB, memory_mb)" if self.memory_mb else ""
+            self._child = Child(_ready, self._pickled, pack_tree(self._state), self.memory_mb, hint=hint)
         return self._child
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,131 +105,26 @@ class IsolatedReward(Reward):
             self.close()
 
 
-def _context() -> Any:
-    """Fresh processes, never forks of this one, whose threads and devices would be in an unknown state.
-
-    Where there is a fork server it imports torch once, so that a killed child is replaced in no time.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+def _ready(pickled: bytes, state: bytes, memory_mb: int | None) -> Answer:
+    """In the child: the reward, and the limit on its memory."""
+    reward: Reward = pickle.loads(pickled)
+    reward.load_state(unpack_tree(state))
+    _limit_memory(memory_mb)
+    return partial(_answer, reward, memory_mb)
 
 
-class _ChildLost(Exception):
-    """The child is of no more use; the message says why and what to do."""
-
-
-class _Child:
-    """The parent's end: one process that answers one request at a time."""
-
-    def __init__(self, pickled: bytes, state: bytes, memory_mb: int | None) -> None:
-        context = _context()
-        self._memory_mb, self._leads_group = memory_mb, False
-        self._connection, theirs = context.Pipe()
-        # A daemon is ended with its parent; a daemonic process may start programs, though not `multiprocessing` ones.
-        self._process = context.Process(target=_serve, args=(theirs, pickled, state, memory_mb), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def wait_until_ready(self) -> None:
-        answer = self._receive(START_S, "did not start")
-        self._leads_group = True
-        if "raised" in answer:
-            raise _ChildLost(f"could not be loaded in a child process: {answer['raised']}; import it from a module")
-
-    def ask(self, request: bytes, timeout_s: float) -> dict[str, Any]:
-        with suppress(OSError):
-            # A dead child is noticed while receiving.
-            self._connection.send_bytes(request)
-        return self._receive(timeout_s, "did not return")
-
-    def _receive(self, timeout_s: float, what: str) -> dict[str, Any]:
-        ready = wait([self._connection, self._process.sentinel], timeout_s)
-        if not ready:
-            raise _ChildLost(f"{what} within {timeout_s:g} s and was killed; raise timeout_s or mend what hangs")
-        try:
-            answer = unpack_tree(self._connection.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise _ChildLost(f"{what}: {self._death()}") from error
-        except StorageError as error:
-            raise _ChildLost(f"{what} what it should: {error}; its code writes into its own connection") from error
-        return dict(answer)
-
-    def _death(self) -> str:
-        self._process.join(5)
-        code = self._process.exitcode
-        limit = f" (it may take {self._memory_mb} MB, memory_mb)" if self._memory_mb else ""
-        if code is not None and code < 0:
-            return f"its process was killed by {signal.Signals(-code).name}, as by a crash or for want of memory{limit}"
-        return f"its process ended with exit code {code}; look for exit calls in the code that it runs{limit}"
-
-    def kill(self) -> None:
-        """The child's whole process group, so that programs which it started go too."""
-        if self._leads_group and hasattr(os, "killpg"):
-            with suppress(OSError):
-                os.killpg(self._process.pid or -1, signal.SIGKILL)
-        self._process.kill()
-        self._process.join(5)
-        self._connection.close()
-
-
-def _serve(connection: Connection, pickled: bytes, state: bytes, memory_mb: int | None) -> None:
-    """The child's life: load the reward, then answer requests until the parent is gone."""
-    _leave_the_parent_alone()
-    torch.set_num_threads(1)
-    try:
-        reward: Reward = pickle.loads(pickled)
-        reward.load_state(unpack_tree(state))
-        _limit_memory(memory_mb)
-    except BaseException as error:
-        connection.send_bytes(pack_tree({"raised": _told(error)}))
-        return
-    connection.send_bytes(pack_tree({"ready": True}))
-    while True:
-        try:
-            request = unpack_tree(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
-        connection.send_bytes(_answer(reward, request, memory_mb))
-
-
-def _answer(reward: Reward, request: Mapping[str, Any], memory_mb: int | None) -> bytes:
+def _answer(reward: Reward, memory_mb: int | None, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         rollout = Rollout.from_state_dict(request["rollout"])
         with torch.no_grad():
             result = reward.score(rollout, Scene(knobs=request["knobs"]))
         score = result if isinstance(result, Score) else Score.of(torch.as_tensor(result))
         answer = {"value": score.value, "status": score.status, "errors": list(score.errors)}
-        return pack_tree({**answer, "state": reward.save_state()})
+        return {**answer, "state": reward.save_state()}
     except Exception as error:
         short = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         remedy = f"; it may take {memory_mb} MB, raise memory_mb or judge fewer samples" if short and memory_mb else ""
-        return pack_tree({"raised": _told(error) + remedy})
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _leave_the_parent_alone() -> None:
-    """A process group of its own, no output, and an end with the parent's end."""
-    if hasattr(os, "setsid"):
-        os.setsid()
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(nowhere, descriptor)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        if hasattr(os, "killpg"):
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+        return {"raised": told(error) + remedy}
 
 
 def _limit_memory(memory_mb: int | None) -> None:

@@ -5,6 +5,7 @@ from regimen.tasks.dataset import DatasetTask
 from regimen.tasks.dialogue import DialogueTask
 from regimen.tasks.env import EnvTask
 from regimen.tasks.environments import Gymnasium, GymnasiumVector, VectorEnv
+from regimen.tasks.parallel import ParallelTask
 from regimen.tasks.partners import DialogueEnv, OneByOne, Partner, Reply, Tool, WithTools
 from regimen.tasks.prompts import PromptTask
 
@@ -17,6 +18,7 @@ __all__ = [
     "Gymnasium",
     "GymnasiumVector",
     "OneByOne",
+    "ParallelTask",
     "Partner",
     "PromptTask",
     "Reply",
