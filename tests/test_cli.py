@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "lab"))
 import tiny
 
 from regimen import cli, papers
+from regimen.lab import overview
 from regimen.lab.results import read_results
 from regimen.storage import StorageError
 
@@ -120,14 +121,49 @@ def test_only_a_whole_run_of_a_real_scale_is_recorded(
         Path(name).mkdir()
         Path(name, "results.json").write_text(json.dumps(read_results(whole[0]) | change))
         assert message in error("papers", "--update", name)
-    assert "holds no experiment" in error("papers", "--update", ".")
+    Path("empty").mkdir()
+    assert "holds no experiment" in error("papers", "--update", "empty")
     assert papers.verdicts() == {}
     assert call("papers", "--update", str(whole[0])).exit_code == 0
     assert papers.verdicts()["tiny"]["verdict"] == "holds"
     assert papers.verdicts()["tiny"]["seeds"] == [0, 1]
 
 
+def test_claims_and_costs_of_all_papers_are_printed(whole: Whole) -> None:
+    shown = call("papers", "--results").stdout
+    for slug, entry in papers.verdicts().items():
+        assert shown.count(f"| `{slug}` |") == len(entry["claims"]) + len(entry["spent"])
+    digest = overview.digest(read_results(whole[0]))
+    rows = [seed["gradient_steps"] for seed in read_results(whole[0])["arms"]["target"].values()]
+    title = read_results(whole[0])["paper"]["arms"]["target"]["title"]
+    assert digest["spent"][title]["gradient_steps"] == sum(rows) / len(rows) > 0
+
+
 # Run and report
+
+
+def test_all_papers_are_run_into_one_table_and_gone_on_with(
+    tiny_paper: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(papers, "available", lambda: ["one", "two"])
+    first = call("run", "--all", *QUICK, "--out", "all")
+    assert first.exit_code == 0, first.output
+    table = Path("all/overview.md").read_text()
+    assert "| `one` |" in table
+    assert "| `two` |" in table
+    assert json.loads(Path("all/overview.json").read_text()).keys() == {"one", "two"}
+    trained = Path("all/one/target/seed0/metrics.jsonl")
+    before = trained.stat().st_mtime_ns
+    again = call("run", "--all", *QUICK, "--out", "all")
+    assert again.exit_code == 0, again.output
+    assert trained.stat().st_mtime_ns == before
+    assert Path("all/overview.md").read_text() == table
+
+
+def test_all_papers_are_run_as_they_are(tiny_paper: None) -> None:
+    assert "expected the name of a paper (see 'regimen papers'), or --all" in error("run")
+    assert "or --all" in error("run", "tiny", "--all")
+    assert "with --all every paper is run as it is" in error("run", "--all", "--set", "steps=3")
 
 
 def test_a_run_shows_its_verdict_and_leaves_results_and_a_report(whole: Whole) -> None:

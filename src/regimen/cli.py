@@ -42,8 +42,12 @@ def main() -> None:
 @app.command()
 def papers(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    results: Annotated[
+        bool, typer.Option("--results", help="Print every claim with its interval, and what the arms spent.")
+    ] = False,
     update: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For maintainers: record the verdict of the run in DIR.")
+        Path | None,
+        typer.Option(metavar="DIR", help="For maintainers: record the verdict of the run (or of --all) in DIR."),
     ] = None,
 ) -> None:
     """List the papers and their recorded verdicts."""
@@ -51,9 +55,16 @@ def papers(
 
     if update is not None:
         with _clear_errors():
-            from regimen.lab.results import read_results
+            from regimen.lab.results import FILE, read_results
 
-            record(read_results(update))
+            whole = not (update / FILE).exists() and sorted(path.parent for path in update.glob(f"*/{FILE}"))
+            for folder in whole or [update]:
+                record(read_results(folder))
+    if results:
+        from regimen.lab.overview import overview
+
+        typer.echo(overview(verdicts()), nl=False)
+        return
     rows = []
     with _clear_errors(ValueError, SyntaxError):  # A paper that is being written.
         recorded = verdicts()
@@ -76,7 +87,10 @@ def papers(
 
 @app.command()
 def run(
-    paper: Annotated[str, typer.Argument(help="A paper of 'regimen papers', such as unipic2.")],
+    paper: Annotated[str | None, typer.Argument(help="A paper of 'regimen papers', such as unipic2.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every paper, one after the other; goes on where it stopped.")
+    ] = False,
     scale: Annotated[str, typer.Option(help="quick (a smoke test), default (for the verdict) or full.")] = "default",
     seeds: Annotated[
         str | None, typer.Option(help="Such as 0-4 or 7,8,9.", show_default="0-4; 0 for scale quick")
@@ -92,7 +106,7 @@ def run(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to write.", show_default="runs/<paper>-<scale>", metavar="DIR", parser=_folder),
+        typer.Option(help="Where to write.", show_default="runs/<paper or all>-<scale>", metavar="DIR", parser=_folder),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue what is in the folder, to the same numbers.")
@@ -108,28 +122,61 @@ def run(
     with _clear_errors():
         from regimen.lab.runner import ExperimentInterrupted, Plan
         from regimen.lab.settings import parse_seeds
-        from regimen.papers import load
+        from regimen.papers import available, load
 
-        load(paper)
-        plan = Plan(
-            load=partial(load, paper),
-            out=out or Path("runs") / f"{paper}-{scale}",
-            scale=scale,
-            seeds=parse_seeds(seeds) if seeds is not None else None,
-            arms=[name.strip() for name in arms.split(",") if name.strip()] if arms is not None else None,
-            overrides=dict(_assignment(text) for text in set_ or ()),
-            resume=resume,
-            workers=workers,
-        )
+        _check_run(paper, every, arms, set_)
+        root = out or Path("runs") / f"{paper or 'all'}-{scale}"
+        plans = {}
+        for slug in available() if paper is None else [paper]:
+            load(slug)
+            folder = root / slug if every else root
+            plans[slug] = Plan(
+                load=partial(load, slug),
+                out=folder,
+                scale=scale,
+                seeds=parse_seeds(seeds) if seeds is not None else None,
+                arms=[name.strip() for name in arms.split(",") if name.strip()] if arms is not None else None,
+                overrides=dict(_assignment(text) for text in set_ or ()),
+                resume=resume or (every and folder.exists()),
+                workers=workers,
+            )
+        found: dict[str, dict[str, Any]] = {}
         try:
-            results = _run(plan)
+            for slug, plan in plans.items():
+                found[slug] = _run(plan)
+                _show(found[slug], plan.out)
+                if every:
+                    _write_overview(found, root)
         except ExperimentInterrupted:
             _say(f"stopped; what was trained is kept. Continue with: {_continuation()}")
             raise typer.Exit(INTERRUPTED) from None
-        _show(results, plan.out)
-    if results["failures"]:
-        _say(_failed(results))
+    failed = [_failed(results) for results in found.values() if results["failures"]]
+    for line in failed:
+        _say(line)
+    if failed:
         raise typer.Exit(1)
+
+
+def _check_run(paper: str | None, every: bool, arms: str | None, changes: list[str] | None) -> None:
+    """Either one paper, or all of them as they are."""
+    from regimen.lab.experiment import ExperimentError
+
+    if (paper is None) != every:
+        raise ExperimentError("expected the name of a paper (see 'regimen papers'), or --all")
+    if every and (arms is not None or changes):
+        raise ExperimentError("--arms and --set are of one paper; with --all every paper is run as it is")
+
+
+def _write_overview(found: dict[str, dict[str, Any]], root: Path) -> None:
+    """One results table of all papers so far, for readers and for programs."""
+    import json
+
+    from regimen.lab.overview import digest, overview
+    from regimen.storage import write_text
+
+    digests = {slug: digest(results) for slug, results in found.items()}
+    write_text(root / "overview.json", json.dumps(digests, indent=1) + "\n")
+    write_text(root / "overview.md", overview(digests))
 
 
 @app.command()

@@ -81,6 +81,13 @@ def test_the_readme_has_the_table_that_the_command_line_prints() -> None:
     assert found[1].strip() == printed.strip(), "put the output of 'regimen papers --markdown' into README.md"
 
 
+def test_the_results_page_has_the_tables_that_the_command_line_prints() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    printed = CliRunner().invoke(cli.app, ["papers", "--results"]).stdout
+    assert page.endswith(printed), "put the output of 'regimen papers --results' at the end of docs/results.md"
+    assert all(entry["spent"] for entry in papers.verdicts().values())
+
+
 def test_an_unknown_paper_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(papers.UnknownPaper, match="there is no paper 'unipic'; did you mean 'unipic2'"):
         papers.facts("unipic")

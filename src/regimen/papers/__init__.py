@@ -67,6 +67,7 @@ def record(results: Mapping[str, Any]) -> None:
         ExperimentError: it is a smoke test, or not all that the paper's verdict needs was trained.
     """
     from regimen.lab.experiment import ExperimentError
+    from regimen.lab.overview import digest
     from regimen.storage import write_text
 
     gaps = [
@@ -80,10 +81,7 @@ def record(results: Mapping[str, Any]) -> None:
             f"its changed settings are {', '.join(results['changed']) or 'none'}, its judged claims with gaps: "
             f"{', '.join(gaps) or 'none'}; expected scale 'default' or 'full', no changes and no gaps"
         )
-    kept = ("name", "text", "mean", "low", "high", "above", "verdict", "judged")
-    entry = {name: results[name] for name in ("verdict", "scale", "seeds", "versions", "machine", "wall_clock_seconds")}
-    entry["claims"] = [{name: claim[name] for name in kept} for claim in results["claims"]]
-    recorded = dict(sorted((verdicts() | {results["paper"]["slug"]: entry}).items()))
+    recorded = dict(sorted((verdicts() | {results["paper"]["slug"]: digest(results)}).items()))
     write_text(VERDICTS, json.dumps(recorded, indent=1) + "\n")
 
 
