@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,17 @@ from tensordict import NonTensorStack, TensorDict
 from torch import Tensor
 
 from control_worlds import Clock
-from regimen import Cast, Event, Knob, ReferenceRefresh, Regimen, Stage, Update, train
-from regimen.controllers import Linear, Schedule, Steps
+from regimen import Cast, Event, Knob, ReferenceRefresh, Regimen, ReplayMemory, Stage, Update, train
+from regimen.controllers import Linear, Schedule, Steps, TaskMixture
 from regimen.credit import GAE, GroupRelativeAdvantage
+from regimen.estimators import FitEstimator, Reading, RobustMultiTaskGradientBoostingRegressor
 from regimen.models import ValueNetwork, torso_for
 from regimen.models.small_decoder import small_decoder, word_tokenizer
 from regimen.objectives import ClippedSurrogateObjective, ReferenceKL, ValueObjective
 from regimen.objectives.base import Batch
 from regimen.policies import ActionPolicy, FlowPolicy
 from regimen.policies.token import TokenPolicy
-from regimen.rewards import EnvironmentReward, FunctionReward
+from regimen.rewards import EnvironmentReward, FunctionReward, ModelReward
 from regimen.rollout import Rollout
 from regimen.tasks import EnvTask, GymnasiumVector, PromptTask
 from regimen.tasks.base import Task
@@ -163,6 +164,33 @@ def test_counts_per_task_are_right_when_a_task_is_absent_from_a_batch(kind: Kind
     assert [m.get("count/a/first/scored", 0) for m in metrics] == [8, 8, 8, 16, 16, 16]
     assert [m.get("count/b/second/scored", 0) for m in metrics] == [8, 8, 8, 0, 0, 0]
     assert [m.get("count/a/second/not_applicable", 0) for m in metrics] == [8, 8, 8, 16, 16, 16]
+
+
+def test_a_source_that_rewards_the_opposite_is_found_and_loses_its_share(kind: Kind) -> None:
+    """R-MTGB on what is collected from three tasks, one of whose judges is hostile; then a mixture by its scores."""
+
+    def source(sign: int, rollout: Rollout) -> Tensor:
+        return sign * 20 * (kind.first(rollout) - 0.5)
+
+    def seen(rollout: Rollout) -> Tensor:
+        return torch.stack([kind.first(rollout), kind.second(rollout)], 1)
+
+    signs = {"a": 1, "b": -1, "c": 1}
+    judges = [FunctionReward(partial(source, sign), f"by {name}").on(name) for name, sign in signs.items()]
+    reward, memory, reading = judges[0] + judges[1] + judges[2], ReplayMemory(192), Reading(seen)
+    model = RobustMultiTaskGradientBoostingRegressor(n_shared=5, n_partition=40, n_task=5, random_state=0)
+    scores = ModelReward("sources", ["odd"], ask=reading.outlier_scores).logged()
+    asked = stage(kind, *signs, steps=4, batch_size=48, reward=reward, updates=[], rules=[], memory=memory)
+    fit = Stage("fit", asked.tasks, 0, memory=memory, prepare=[FitEstimator("sources", reading)])
+    use = stage(kind, *signs, steps=2, reward=reward + scores, controllers=[TaskMixture(["a", "b", "c"], by="odd")])
+    seen_metrics: list[Mapping[str, float]] = []
+    stages = [replace(asked, name="ask"), fit, use]
+    train(
+        Regimen(Cast(policy=kind.policy, sources=model), stages), seed=0,
+        listener=lambda event: seen_metrics.append(event.metrics) if event.kind == "step" else None,
+    )  # fmt: skip
+    shares = [seen_metrics[-1][f"knob/mixture/{name}"] for name in signs]
+    assert shares == pytest.approx([0.5, 0, 0.5], abs=0.05)
 
 
 def test_each_kind_learns_what_the_reward_asks_of_it(kind: Kind) -> None:

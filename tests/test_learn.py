@@ -282,3 +282,23 @@ def test_learns_the_better_of_two_answers(sampled: Sampled) -> None:
     change = (policy.logprob(rollout).detach() - rollout.logprobs)[:, :3].mean(1)
     assert float(change[1::2].mean()) > 0.01
     assert float(change[0::2].mean()) < -0.01
+
+
+def test_a_fused_step_is_the_plain_one_and_is_told_as_a_change() -> None:
+    """Weights that were sent elsewhere are sent again when their version has moved."""
+    results = []
+    for fused in (True, False):
+        member = Scalar()
+        before = member.weight._version
+        learn(descent(optimizer=torch.optim.Adam, options={"fused": fused}), levels(1.0, 3.0), member)
+        assert member.weight._version > before
+        results.append(member.weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+def test_optimisers_take_their_step_in_one_pass_unless_told_otherwise() -> None:
+    parameters = [nn.Parameter(torch.zeros(2))]
+    assert descent(optimizer=torch.optim.Adam).build_optimizer(parameters).defaults["fused"]
+    told = descent(optimizer=torch.optim.Adam, options={"foreach": True}).build_optimizer(parameters)
+    assert not told.defaults["fused"]
+    assert "fused" not in descent(optimizer=torch.optim.Adadelta).build_optimizer(parameters).defaults

@@ -330,3 +330,11 @@ def test_listener_that_interrupts_leaves_a_run_that_resumes(tmp_path: Path) -> N
         for name in ("whole", "cut")
     )
     assert whole == cut
+
+
+def test_the_time_of_prepare_steps_is_counted() -> None:
+    outcome = train(
+        Regimen(Cast(policy=tiny_policy()), [reinforce(steps=0, prepare=[lambda *_: time.sleep(0.2)])]),
+        listener=lambda event: None,
+    )
+    assert 0.2 <= outcome.counters.seconds < 5

@@ -77,6 +77,57 @@ def test_full_disk_while_logging_is_one_clear_error(tmp_path: Path, monkeypatch:
         folder.log({"kind": "step", "metrics": {}}, 0)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_is_noticed_at_the_record_that_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    folder = RunFolder(tmp_path, {}, resume=False)
+    with pytest.raises(StorageError, match="No space left on device; free some room and resume"):
+        folder.log({"kind": "step", "metrics": {"x": 1.0}}, 1)
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: steps and values by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_what_is_logged_can_be_read_at_once_by_others(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, {}, resume=False)
+    for step in (1, 2):
+        folder.log({"kind": "step", "metrics": {"a/x": 0.5 * step, "y": float("nan")}}, step)
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == step
+        shown = curves(tmp_path)
+        assert shown["step/a/x"] == [(s, 0.5 * s) for s in range(1, step + 1)]
+        assert [s for s, _ in shown["step/y"]] == list(range(1, step + 1))
+
+
+def test_resumed_run_shows_its_own_curves_from_the_checkpoint_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, {}, resume=False)
+    for step in range(1, 5):
+        folder.log({"kind": "step", "metrics": {"x": float(step)}}, step)
+        if step == 2:
+            folder.checkpoint({}, step)
+    resumed = RunFolder(tmp_path, {}, resume=True)
+    resumed.restore()
+    for step in (3, 4, 5):
+        resumed.log({"kind": "step", "metrics": {"x": 10.0 * step}}, step)
+    assert curves(tmp_path)["step/x"] == [(1, 1), (2, 2), (3, 30), (4, 40), (5, 50)]
+
+
+def test_lines_follow_when_a_run_at_work_is_cut_back(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, {}, resume=False)
+    for step in (1, 2, 3):
+        folder.log({"kind": "step", "step": step, "metrics": {}}, step)
+        if step == 1:
+            folder.checkpoint({}, step)
+    folder.restore()
+    folder.log({"kind": "step", "step": 4, "metrics": {}}, 4)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 4]
+
+
 def test_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
     RunFolder(tmp_path, {"seed": 1}, resume=False).log({"kind": "step", "metrics": {"x": 1.0}}, 1)
     with pytest.raises(RunError, match="already holds a run"):

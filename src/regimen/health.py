@@ -52,11 +52,14 @@ class HealthMonitor:
         return facts
 
     def _tasks(self, rollout: Rollout, expected: tuple[str, ...]) -> None:
-        counts, learned = rollout.task_counts(), rollout[rollout.loss_mask.any(1)].task_counts()
+        outcome = 2 * rollout.task + rollout.loss_mask.any(1)
+        counts = torch.bincount(outcome, minlength=2 * len(rollout.task_names)).view(-1, 2).tolist()
+        found = dict(zip(rollout.task_names, counts, strict=True))
         for task in expected:
-            if counts.get(task, 0) == 0:
+            left_out, learned = found.get(task, (0, 0))
+            if left_out + learned == 0:
                 self._warn(f"task '{task}' has no sample in the batch; raise batch_size or the knob mixture/{task}")
-            elif learned[task] == 0 and rollout.reward is not None:
+            elif learned == 0 and rollout.reward is not None:
                 self._warn(
                     f"no sample of task '{task}' is left to learn from: no reward that trains applies to it, or all "
                     "failed; look at the counts of its components, and at the names given to .on(...)"
@@ -81,7 +84,8 @@ class HealthMonitor:
         for name, status in rollout.status.items() if rollout.status is not None else ():
             value = rollout.rewards[name]
             scored = status == SCORED
-            fired = bool((value[scored] != 0).any()) or not bool(scored.any())
+            earned = (value != 0 if value.ndim == 1 else (value != 0).any(1)) & scored
+            fired = bool(earned.any() | ~scored.any())
             self._silent[name] = 0 if fired else self._silent.get(name, 0) + 1
             if self._silent[name] == SILENT_AFTER:
                 self._warn(f"reward component '{name}' has been 0 for {SILENT_AFTER} iterations; is it ever earned?")
@@ -110,10 +114,14 @@ def flat_groups(rollout: Rollout) -> float:
     groups whose members all have the same total reward. Samples that left the loss count nowhere.
     """
     judged = rollout.loss_mask.any(1)
-    _, index, size = rollout.group[judged].unique(return_inverse=True, return_counts=True)
+    group = rollout.group[judged]
+    if not len(group):
+        return 0.0
+    _, index, size = group.unique(return_inverse=True, return_counts=True)
     if rollout.advantages is not None:
-        teaching = (rollout.advantages != 0).flatten(1).view(*rollout.mask.shape, -1).any(2) & rollout.loss_mask
-        flat = torch.zeros_like(size).index_add(0, index, teaching.any(1)[judged].long()) == 0
+        mask = rollout.loss_mask.view(*rollout.loss_mask.shape, *[1] * (rollout.advantages.ndim - 2))
+        teaching = ((rollout.advantages != 0) & mask).flatten(1).any(1)
+        flat = size == torch.bincount(index[~teaching[judged]], minlength=len(size))
     else:
         total = rollout.reward if rollout.reward.ndim == 1 else (rollout.reward * rollout.mask).sum(1)
         start = torch.full((len(size),), torch.inf, device=total.device)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from regimen.controllers.base import Moment, Situation
-from regimen.functions.aggregate import masked_mean
+from regimen.controllers.base import Controller, Moment, Situation, needs_of
+from regimen.functions.aggregate import mean_of
 from regimen.health import HealthMonitor
+from regimen.insight import StageInsight
 from regimen.learn import Learner
 from regimen.memory import Memory
 from regimen.regimen import Regimen, Stage
@@ -19,6 +20,7 @@ from regimen.rewards.base import SCORED, Scene
 from regimen.rewards.judge import JudgeReport, judge
 from regimen.rollout import Rollout
 from regimen.runs import RunError
+from regimen.tasks.base import Task
 
 FAILURE_WINDOW = 20
 
@@ -32,7 +34,7 @@ class Counters:
         iterations: iterations over all stages.
         samples: generated samples; rows: samples read from data; gradient_steps: optimiser steps taken.
         skipped: gradient steps not taken because they were not finite.
-        seconds: time in iterations, evaluations and checkpoints left out.
+        seconds: time in starts of stages and in iterations, evaluations and checkpoints left out.
     """
 
     stage: int = 0
@@ -44,6 +46,11 @@ class Counters:
     skipped: int = 0
     seconds: float = 0.0
 
+    def charge(self, task: Task, size: int) -> None:
+        """Count what was collected from a task."""
+        self.samples += size if task.generates else 0
+        self.rows += 0 if task.generates else size
+
 
 class StageRun:
     """One stage at work: all that an iteration needs and, beside the cast, all that a checkpoint must hold."""
@@ -54,6 +61,7 @@ class StageRun:
         self.memory: Memory = stage.memory() if callable(stage.memory) else stage.memory
         self.health = HealthMonitor()
         self.learners: list[Learner] = []
+        self._insights = {id(controller): insight for controller, insight in self._insights_of(stage)}
         self._owed = {task.name: 0.0 for task in stage.tasks}
         self._failures: deque[tuple[int, int]] = deque(maxlen=FAILURE_WINDOW)
         self.skipped_in_row = 0
@@ -68,9 +76,18 @@ class StageRun:
         self.cast.train_only({member for update in self.stage.updates for member in update.members})
         self.learners = [Learner(update, self.cast) for update in self.stage.updates]
 
+    def _insights_of(self, stage: Stage) -> Iterator[tuple[Controller, StageInsight]]:
+        updates = {update.name: update for update in stage.updates}
+        for controller in stage.controllers:
+            if (needs := needs_of(controller)) is not None:
+                update = updates[needs.update]
+                yield controller, StageInsight(needs, update, self.cast, self.board, stage.reward_timeout_s)
+
     def iterate(self, step: int, counters: Counters, rng: torch.Generator) -> dict[str, float]:
         """One turn of the five verbs; returns its metrics."""
         metrics: dict[str, float] = {}
+        if step == 0:
+            self._seed_insights(rng.initial_seed() + counters.stage)
         self._adapt("before_collect", step, metrics)
         in_force = {f"knob/{name}": value for name, value in self.board.items()}
         rollout = self._collect(rng, counters)
@@ -80,6 +97,8 @@ class StageRun:
             rollout = self.stage.credit(rollout, self.board, self.cast)
             metrics.update(advantage_metrics(rollout))
         self.memory.add(rollout)
+        self._adapt("before_learn", step, metrics, counters)
+        in_force |= {f"knob/{name}": self.board[name] for name in self._moved("before_learn")}
         self._learn(rollout, step, metrics, counters, rng)
         self._adapt("after_learn", step + 1, metrics)
         for rule in self.stage.rules:
@@ -91,8 +110,7 @@ class StageRun:
         for task in self.stage.tasks:
             if size := sizes[task.name]:
                 parts.append(task.collect(self.cast, self.board, rng, size))
-                counters.samples += size if task.generates else 0
-                counters.rows += 0 if task.generates else size
+                counters.charge(task, size)
         return Rollout.cat(parts)
 
     def _sizes(self) -> dict[str, int]:
@@ -140,12 +158,27 @@ class StageRun:
     def _share(self, task: str) -> float:
         return self.board[f"mixture/{task}"] if len(self.stage.tasks) > 1 else 1.0
 
-    def _adapt(self, moment: Moment, step: int, metrics: Mapping[str, float]) -> None:
-        situation = Situation(step, self.stage.steps, metrics, self.board)
+    def _adapt(self, moment: Moment, step: int, metrics: dict[str, float], counters: Counters | None = None) -> None:
         for controller in self.stage.controllers:
             if controller.moment == moment:
+                insight = self._insights.get(id(controller))
+                if insight is not None and counters is not None:
+                    insight.at(self.memory, counters.charge)
+                situation = Situation(step, self.stage.steps, metrics, self.board, insight)
                 for name, value in controller(situation).items():
                     self.board.set(name, value, by=type(controller).__name__)
+                metrics.update({f"adapt/{name}": value for name, value in situation.notes.items()})
+
+    def _moved(self, moment: Moment) -> list[str]:
+        """The knobs that are moved at a moment."""
+        return [
+            name for controller in self.stage.controllers if controller.moment == moment for name in controller.moves
+        ]
+
+    def _seed_insights(self, seed: int) -> None:
+        """Each controller's own stream, told apart from training's and from each other's."""
+        for index, insight in enumerate(self._insights.values()):
+            insight.seed((1_000_003 * (seed + 1) + 7919 * (index + 1)) % 2**63)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the cast."""
@@ -154,6 +187,7 @@ class StageRun:
             "memory": self.memory.state_dict(),
             "learners": [learner.state_dict() for learner in self.learners],
             "controllers": [controller.state_dict() for controller in self.stage.controllers],
+            "insights": [insight.state_dict() for insight in self._insights.values()],
             "tasks": [task.state_dict() for task in self.stage.tasks],
             "reward": self.stage.reward.state_dict() if self.stage.reward is not None else {},
             "health": self.health.state_dict(),
@@ -166,8 +200,9 @@ class StageRun:
         """Restore what `state_dict` gave, after `start(fresh=False)`."""
         self.board.load_state_dict(state["knobs"])
         self.memory.load_state_dict(state["memory"])
-        parts: list[Any] = [*self.learners, *self.stage.controllers, *self.stage.tasks]
-        saved = [*state["learners"], *state["controllers"], *state["tasks"]]
+        insights = self._insights.values()
+        parts: list[Any] = [*self.learners, *self.stage.controllers, *insights, *self.stage.tasks]
+        saved = [*state["learners"], *state["controllers"], *state["insights"], *state["tasks"]]
         for part, entry in zip(parts, saved, strict=True):
             part.load_state_dict(entry)
         if self.stage.reward is not None:
@@ -220,8 +255,8 @@ def reward_metrics(rollout: Rollout, report: JudgeReport) -> dict[str, float]:
         total = rollout.reward if rollout.reward.ndim == 1 else (rollout.reward * rollout.mask).sum(1)
         judged = total[rollout.loss_mask.any(1)]
         if len(judged):
-            metrics["reward/total"] = float(judged.mean())
-            metrics["reward/total_std"] = float(judged.std(correction=0))
+            std, mean = torch.std_mean(judged, correction=0)
+            metrics["reward/total"], metrics["reward/total_std"] = float(mean), float(std)
     return metrics
 
 
@@ -229,6 +264,5 @@ def advantage_metrics(rollout: Rollout) -> dict[str, float]:
     """Mean and mean size of the advantages that the objectives read, over the steps that are learned from."""
     if rollout.advantages is None or rollout.advantages.ndim != 2:
         return {}
-    mean = masked_mean(rollout.advantages, rollout.loss_mask)
-    size = masked_mean(rollout.advantages.abs(), rollout.loss_mask)
-    return {"advantage/mean": float(mean), "advantage/size": float(size)}
+    learned = rollout.advantages[rollout.loss_mask]
+    return {"advantage/mean": float(mean_of(learned)), "advantage/size": float(mean_of(learned.abs()))}

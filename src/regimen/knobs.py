@@ -26,7 +26,8 @@ class Knob:
         evaluation: the value forced while a task evaluates (a training aid switched off), if any.
         doc: one line for help texts.
 
-    `Knob("kl_weight", 0.01) * ReferenceKL()` weights a reward or an objective by the knob.
+    `Knob("kl_weight", 0.01) * ReferenceKL()` weights a reward or an objective by the knob, and `(1 - knob) * other` by
+    what is left of it.
     """
 
     name: str
@@ -41,6 +42,9 @@ class Knob:
         self.checked(self.default, "its default")
         if self.evaluation is not None:
             self.checked(self.evaluation, "its evaluation value")
+
+    def __rsub__(self, other: float) -> Weight:
+        return Weight(self, -1.0, float(other))
 
     def checked(self, value: float, source: str) -> float:
         """The value as this knob holds it; `ValueError` if it is not finite or outside the range."""
@@ -158,27 +162,30 @@ def _narrower(a: Knob, b: Knob) -> Knob:
 
 @dataclass(frozen=True)
 class Weight:
-    """The factor before a term of a reward or an objective: a constant sign or scale times a knob.
+    """The factor before a term of a reward or an objective: `offset + scale * knob`, with two constants.
 
     `0.2 * format` declares the knob `weight/format` with default 0.2, so that a controller may move it, and so
     does `-0.2 * format`, whose sign is constant; `Knob("kl_weight", 0.01) * ReferenceKL()` takes the knob it is
-    given.
+    given, and `(1 - knob) * term` the rest of one.
     """
 
     knob: Knob
     scale: float = 1.0
+    offset: float = 0.0
 
     @classmethod
-    def of(cls, value: float | Knob, component: str) -> Weight:
+    def of(cls, value: float | Knob | Weight, component: str) -> Weight:
         """The weight that stands before `component`."""
+        if isinstance(value, Weight):
+            return value
         if isinstance(value, Knob):
             return cls(value)
         return cls(Knob(f"weight/{component}", abs(float(value))), math.copysign(1.0, value))
 
     def times(self, factor: float) -> Weight:
-        """The weight with its constant part multiplied."""
-        return replace(self, scale=self.scale * factor)
+        """The weight with its constants multiplied."""
+        return replace(self, scale=self.scale * factor, offset=self.offset * factor)
 
     def value(self, knobs: Mapping[str, float]) -> float:
         """The factor under the knobs in force."""
-        return self.scale * knobs[self.knob.name]
+        return self.offset + self.scale * knobs[self.knob.name]

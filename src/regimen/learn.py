@@ -53,18 +53,23 @@ class Learner:
             metrics = self._accumulate(rollout, cast, knobs, rng)
             if first is None and "ratio_deviation" in metrics:
                 first = float(metrics["ratio_deviation"])
-            norm = self._clip()
+            norm = self._norm()
             if math.isfinite(float(norm)) and math.isfinite(float(metrics["loss"])):
+                self._clip(float(norm))
                 self._optimizer.step()
+                # A fused step does not count as a change in place, by which others tell that weights are new.
+                torch.autograd.graph.increment_version(self._parameters)
                 taken.append({**metrics, "grad_norm": norm})
             else:
                 skipped += 1
         for name in self.update.members:
             if hasattr(cast[name], "version"):
                 cast[name].version += len(taken) > 0
+        # A minibatch without samples of a task lacks the metrics of that task's objective.
+        names = dict.fromkeys(name for step in taken for name in step)
         means = {
-            f"{self.update.name}/{name}": float(torch.stack([step[name] for step in taken]).mean())
-            for name in (taken[0] if taken else ())
+            f"{self.update.name}/{name}": float(torch.stack([step[name] for step in taken if name in step]).mean())
+            for name in names
         }
         return Learned(means, len(taken), skipped, first)
 
@@ -72,7 +77,8 @@ class Learner:
         self, rollout: Rollout, cast: Cast, knobs: Mapping[str, float], rng: torch.Generator
     ) -> dict[str, Tensor]:
         """Gradients of one minibatch, micro-batch by micro-batch; metrics weighted by their samples."""
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         size = self.update.micro_batch or len(rollout)
         sums: dict[str, Tensor] = {}
         for start in range(0, len(rollout), size):
@@ -82,7 +88,8 @@ class Learner:
             loss = self.update.objective(batch)
             if loss.total.requires_grad:
                 loss.total.backward()
-            shares = {name: value.detach() * batch.share for name, value in loss.metrics.items()}
+            whole = len(part) == len(rollout)
+            shares = {n: value.detach() if whole else value.detach() * batch.share for n, value in loss.metrics.items()}
             losses = {f"loss/{name}": value.detach() for name, value in loss.components.items()}
             for name, value in {"loss": loss.total.detach(), **losses, **shares}.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -96,9 +103,17 @@ class Learner:
                 f"{', '.join(self.update.members)}; check which member the objective trains"
             )
 
-    def _clip(self) -> Tensor:
+    def _norm(self) -> Tensor:
+        """Of all gradients together, `[]`."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _clip(self, norm: float) -> None:
+        """Scale the gradients down to the limit of their norm, if it is above."""
         limit = self.update.max_grad_norm
-        return torch.nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit)
+        if limit is not None and norm > limit:
+            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
 
     def _set_learning_rate(self, knobs: Mapping[str, float]) -> None:
         if not isinstance(self.update.learning_rate, float | int):

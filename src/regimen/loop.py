@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -74,7 +74,7 @@ class Trainer:
 
     def run(self) -> Outcome:
         """All stages, from the checkpoint on if there was one."""
-        with self._stoppable():
+        with self._stoppable(), nullcontext() if self.folder is None else closing(self.folder):
             if self._restored is not None:
                 self._restore_counters(self._restored)
             else:
@@ -82,9 +82,7 @@ class Trainer:
             while self.counters.stage < len(self.regimen.stages):
                 self._run_stage(self.regimen.stages[self.counters.stage])
                 self.counters.stage, self.counters.step = self.counters.stage + 1, 0
-        if self.folder is not None:
             self._checkpoint(None)
-            self.folder.close()
         return Outcome(self.regimen.cast, self.counters, self.evaluations, self.warnings)
 
     def _run_stage(self, stage: Stage) -> None:
@@ -93,11 +91,17 @@ class Trainer:
         if self._restored is not None:
             self._restore(run)
         else:
-            run.start(fresh=True)
+            self._start(run)
         ended = False
         while self.counters.step < stage.steps and not ended:
             ended = self._step(run)
         self._finish_stage(run)
+
+    def _start(self, run: StageRun) -> None:
+        """A fresh start of a stage, whose prepare steps may be most of its work."""
+        started = time.perf_counter()
+        run.start(fresh=True)
+        self.counters.seconds += time.perf_counter() - started
 
     def _step(self, run: StageRun) -> bool:
         """One iteration with its bookkeeping; whether the stage's stopping rule is met."""
@@ -153,7 +157,7 @@ class Trainer:
         metrics: Mapping[str, float],
         time_spent: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        spent = {k: v for k, v in dataclasses.asdict(self.counters).items() if k not in ("stage", "step", "seconds")}
+        spent = {k: v for k, v in vars(self.counters).items() if k not in ("stage", "step", "seconds")}
         record: dict[str, Any] = {"kind": kind, "stage": stage, "step": self.counters.step, **spent}
         record |= {"metrics": dict(metrics), "time": dict(time_spent or {})}
         if self.folder is not None:
@@ -198,7 +202,7 @@ class Trainer:
         assert state is not None
         self.regimen.cast.load_state_dict(state["cast"])
         if state["stage"] is None:
-            run.start(fresh=True)
+            self._start(run)
         else:
             run.start(fresh=False)
             run.load_state_dict(state["stage"])

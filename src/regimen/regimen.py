@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from regimen.cast import Cast, CastRule
-from regimen.controllers.base import Controller
+from regimen.controllers.base import Controller, Needs, Probe, needs_of
 from regimen.credit.base import Credit
 from regimen.knobs import Knob, Knobs
 from regimen.memory import Memory, NewestRollout
@@ -89,6 +89,10 @@ class Stage:
         for owner, part in parts:
             if part is not None:
                 yield from ((owner, knob) for knob in part.knobs)
+        for controller in self.controllers:
+            needs = needs_of(controller)
+            if needs is not None and needs.probe is not None:
+                yield from ((f"the probe of {type(controller).__name__}", knob) for knob in needs.probe.knobs)
 
     def board(self, cast: Cast, overrides: Mapping[str, float]) -> Knobs:
         """The knobs in force in this stage.
@@ -109,7 +113,39 @@ class Stage:
                 if name in movers:
                     raise ValueError(f"knob '{name}' is moved by two controllers: {movers[name]} and {owner}")
                 movers[name] = owner
+            if (needs := needs_of(controller)) is not None:
+                self._check_needs(needs, controller, owner)
         return board
+
+    def _check_needs(self, needs: Needs, controller: Controller, owner: str) -> None:
+        if controller.moment != "before_learn":
+            raise ValueError(
+                f"{owner} needs gradients or a probe and acts at '{controller.moment}'; they are there at "
+                "'before_learn'"
+            )
+        update = next((update for update in self.updates if update.name == needs.update), None)
+        if update is None:
+            there = ", ".join(update.name for update in self.updates) or "none"
+            raise ValueError(f"{owner} needs the update '{needs.update}', and the stage's updates are: {there}")
+        losses = list(dict.fromkeys(part.term_name for part in update.objective.parts()))
+        if absent := [name for name in needs.losses if name not in losses]:
+            raise ValueError(
+                f"{owner} needs the loss '{absent[0]}' of update '{update.name}', whose losses are: {', '.join(losses)}"
+            )
+        if needs.probe is not None:
+            self._check_probe(needs.probe, owner)
+
+    def _check_probe(self, probe: Probe, owner: str) -> None:
+        name, group = probe.task.name, probe.task.group_size
+        if any(task is probe.task for task in self.tasks):
+            raise ValueError(
+                f"{owner} probes the stage's own task '{name}', whose place in its data the probe would move; give the "
+                "probe a task of its own"
+            )
+        if probe.size < 1 or probe.size % group:
+            raise ValueError(
+                f"{owner} probes task '{name}' with size {probe.size}; expected a multiple of its group_size {group}"
+            )
 
 
 @dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Any
 
 import torch
 from tensordict import NonTensorStack, TensorDict
@@ -17,6 +18,7 @@ _PER_STEP_WIDE = ("observations", "actions")
 _TABLES = ("context", "knobs", "columns", "rewards", "status")
 STEP_FIELDS = (*_PER_STEP, *_PER_STEP_WIDE, "step_columns")
 FIELDS = (*_PER_SAMPLE, *STEP_FIELDS, *_TABLES, "reward")
+_NAMES = frozenset(FIELDS)
 _DTYPES = {"mask": torch.bool, "loss_mask": torch.bool, "task": torch.int64, "group": torch.int64}
 
 
@@ -25,7 +27,8 @@ class Rollout:
     """A batch of `B` samples of up to `T` decision steps (tokens, denoising steps or environment steps).
 
     A rollout is a value: parts return a new one with `replace`, which shares all tensors it does not change.
-    Select rows with `rollout[index]`, read a side column with `rollout["image"]`.
+    Select rows with `rollout[index]`, read a side column with `rollout["image"]`. Of selected rows each field is taken
+    when it is first read, so that a minibatch costs what its objectives read.
 
     Attributes (each also a property; `None` where a rollout does not have it):
         task: int64 `[B]`, index into `task_names`.
@@ -61,7 +64,7 @@ class Rollout:
         columns: Mapping[str, Any] | TensorDict | None = None,
         step_columns: Mapping[str, Any] | TensorDict | None = None,
         **fields: Any,
-    ) -> Self:
+    ) -> Rollout:
         """A rollout of one task, with every shape checked.
 
         `mask` decides `B` and `T`; `loss_mask` defaults to it and `discount` to ones.
@@ -98,10 +101,10 @@ class Rollout:
             return self.column(index)
         if isinstance(index, int):
             index = slice(index, index + 1 or None)
-        return Rollout(self.data[index], self.task_names)
+        return _Rows(self, index)
 
     def __getattr__(self, name: str) -> Any:
-        if name in FIELDS:
+        if name in _NAMES:
             return self.data.get(name, None)
         raise AttributeError(f"a rollout has no field '{name}'; side columns are read as rollout['{name}']")
 
@@ -114,10 +117,22 @@ class Rollout:
 
     def get(self, name: str, default: Any = None) -> Any:
         """Side column `name`, per sample or per step, or `default`."""
-        for table in (self.columns, self.step_columns):
-            if name in table.keys():  # noqa: SIM118
-                return table[name]
-        return default
+        table = self._table_of(name)
+        return default if table is None else getattr(self, table)[name]
+
+    def _table_of(self, column: str) -> str | None:
+        """Which table a side column stands in."""
+        tables = ("columns", "step_columns")
+        return next((table for table in tables if column in getattr(self, table).keys()), None)  # noqa: SIM118
+
+    def knob(self, name: str) -> Tensor | None:
+        """`[B]`, the value of a knob in force while sampling; `None` if it was not among them."""
+        value: Tensor | None = self.knobs.get(name, None)
+        return value
+
+    def _fields(self) -> list[str]:
+        """The names of the fields that there are."""
+        return list(self.data.keys())
 
     @property
     def steps(self) -> int:
@@ -130,7 +145,7 @@ class Rollout:
         result: Tensor = self.mask.sum(1)
         return result
 
-    def replace(self, **fields: Any) -> Self:
+    def replace(self, **fields: Any) -> Rollout:
         """The rollout with some fields changed or added, shapes checked.
 
         Tables (`columns`, `rewards`, `status`) given as mappings replace the whole table.
@@ -139,44 +154,27 @@ class Rollout:
         data = self.data.exclude(*fields)
         for name, value in fields.items():
             data.set(name, _as_field(name, value, len(self), self.steps, self.mask.device))
-        return type(self)(data, self.task_names)
+        return Rollout(data, self.task_names)
 
-    def with_columns(self, **columns: Any) -> Self:
+    def with_columns(self, **columns: Any) -> Rollout:
         """The rollout with side columns added or changed."""
         table = self.columns.exclude(*columns)
         for name, value in _table("columns", columns, [len(self)], self.mask.device).items():
             table.set(name, value)
         return self.replace(columns=table)
 
-    def with_step_columns(self, **columns: Any) -> Self:
+    def with_step_columns(self, **columns: Any) -> Rollout:
         """The rollout with side columns `[B, T, ...]` added or changed."""
         table = self.step_columns.exclude(*columns)
         for name, value in _table("step_columns", columns, [len(self), self.steps], self.mask.device).items():
             table.set(name, value)
         return self.replace(step_columns=table)
 
-    def unrolled(self, where: Tensor | None = None) -> Self:
+    def unrolled(self, where: Tensor | None = None) -> Rollout:
         """Every step as a sample of one step: `R` rows, of the steps `where` (bool `[B, T]`, default `mask`)."""
-        row, step = (self.mask if where is None else where).nonzero(as_tuple=True)
-        shape = [len(row), 1]
+        return _Rows(self, *(self.mask if where is None else where).nonzero(as_tuple=True))
 
-        def picked(value: Any) -> Any:
-            if isinstance(value, TensorDict):
-                return value.apply(picked, batch_size=shape)
-            return value[row, step][:, None]
-
-        names = [name for name in STEP_FIELDS if name in self.data.keys()]  # noqa: SIM118
-        names += ["reward"] if self.reward is not None and self.reward.ndim == 2 else []
-        data = self.data.exclude(*names)[row]
-        for name in names:
-            data.set(name, picked(self.data.get(name)))
-        if self.rewards is not None:
-            data.set(
-                "rewards", self.rewards.apply(lambda v: picked(v) if v.ndim > 1 else v[row], batch_size=[len(row)])
-            )
-        return type(self)(data, self.task_names)
-
-    def padded(self, steps: int) -> Self:
+    def padded(self, steps: int) -> Rollout:
         """The rollout with `T` raised to `steps`; the new steps are masked.
 
         Raises:
@@ -184,22 +182,24 @@ class Rollout:
         """
         if steps < self.steps:
             raise ValueError(f"the rollout has {self.steps} steps and cannot be padded to {steps}")
-        return self if steps == self.steps else type(self)(_padded(self.data, steps), self.task_names)
+        return self if steps == self.steps else Rollout(_padded(self.data, steps), self.task_names)
 
-    def of_task(self, name: str) -> Self:
+    def of_task(self, name: str) -> Rollout:
         """The rows of one task (possibly none)."""
         if name not in self.task_names:
-            return type(self)(self.data[:0], self.task_names)
-        return type(self)(self.data[self.task == self.task_names.index(name)], self.task_names)
+            return _Rows(self, slice(0, 0))
+        return _Rows(self, self.task == self.task_names.index(name))
 
     def task_counts(self) -> dict[str, int]:
         """Samples per task."""
         counts = torch.bincount(self.task, minlength=len(self.task_names)).tolist()
         return dict(zip(self.task_names, counts, strict=True))
 
-    def to(self, device: Any) -> Self:
+    def to(self, device: Any) -> Rollout:
         """The rollout on another device."""
-        return type(self)(self.data.to(device), self.task_names)
+        if self.mask.device == torch.device(device):
+            return self
+        return Rollout(self.data.to(device), self.task_names)
 
     @classmethod
     def cat(cls, parts: Sequence[Rollout]) -> Rollout:
@@ -230,10 +230,113 @@ class Rollout:
         return {"task_names": list(self.task_names), "data": plain_table(self.data)}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Rollout:
         """The rollout that `state_dict` described."""
         data = table_from_plain(state["data"])
         return cls(data, tuple(state["task_names"]))
+
+
+class Steps:
+    """Some steps of a rollout: takes them as rows `[R, ...]` out of `[B, T, ...]`, and spreads rows over `[B, T]`.
+
+    Attributes:
+        where: bool `[B, T]`, which steps.
+        every: whether it is all of them, so that nothing has to be picked.
+    """
+
+    def __init__(self, where: Tensor) -> None:
+        self.where, self.every = where, bool(where.all())
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return self.where.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def row(self) -> Tensor:
+        """int64 `[R]`, the sample of each step."""
+        return self.of(torch.arange(self.where.shape[0], device=self.where.device)[:, None].expand(self.where.shape))
+
+    @cached_property
+    def step(self) -> Tensor:
+        """int64 `[R]`, the place of each step in its sample."""
+        return self.of(torch.arange(self.where.shape[1], device=self.where.device).expand(self.where.shape))
+
+    def of(self, values: Any) -> Any:
+        """The steps `[R, ...]` of a tensor or table `[B, T, ...]`."""
+        flat = values.flatten(0, 1)
+        return flat if self.every else flat[self._index]
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """The samples' values `[B, ...]` for each of the steps, `[R, ...]`."""
+        return values if self.every and self.where.shape[1] == 1 else values[self.row]
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows `[R, ...]` in their places `[B, T, ...]`, 0 elsewhere."""
+        if self.every:
+            return rows.view(*self.where.shape, *rows.shape[1:])
+        where = self.where.view(*self.where.shape, *[1] * (rows.ndim - 1))
+        return rows.new_zeros(*self.where.shape, *rows.shape[1:]).masked_scatter(where, rows)
+
+
+class _Rows(Rollout):
+    """Rows of a rollout, or single steps of them as rows: each field is taken when it is first read."""
+
+    def __init__(self, source: Rollout, row: Any, step: Tensor | None = None) -> None:
+        if isinstance(row, Tensor) and row.dtype == torch.bool:
+            row = row.nonzero().squeeze(1)
+        self.__dict__.update(task_names=source.task_names, _source=source, _row=row, _step=step, _entries={})
+        self.__dict__["mask"] = self._taken(source.mask, wide=True)
+
+    @cached_property
+    def data(self) -> TensorDict:
+        """All fields."""
+        device = self.mask.device
+        return TensorDict({name: getattr(self, name) for name in self._fields()}, [len(self)], device=device)
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _NAMES:
+            return super().__getattr__(name)
+        value = getattr(self._source, name)
+        if name == "rewards" and value is not None and self._step is not None:
+            taken = TensorDict({n: self._taken(v, wide=v.ndim > 1) for n, v in value.items()}, [len(self)])
+        else:
+            wide = name in STEP_FIELDS or (name == "reward" and value is not None and value.ndim > 1)
+            taken = self._taken(value, wide)
+        self.__dict__[name] = taken
+        return taken
+
+    def _taken(self, value: Any, wide: bool) -> Any:
+        """The rows of a field or column; of one that is `wide`, which has a value per step, the steps."""
+        if value is None:
+            return None
+        return value[self._row] if self._step is None or not wide else value[self._row, self._step].unsqueeze(1)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Side column `name`, per sample or per step, or `default`."""
+        table = self._table_of(name)
+        if table is None:
+            return default
+        if name not in self._entries:
+            value = self._source.get(name)
+            # Texts are lists, which are not indexed like numbers.
+            known = isinstance(value, Tensor | TensorDict)
+            self._entries[name] = self._taken(value, table != "columns") if known else getattr(self, table)[name]
+        return self._entries[name]
+
+    def _table_of(self, column: str) -> str | None:
+        return self._source._table_of(column)
+
+    def knob(self, name: str) -> Tensor | None:
+        """`[B]`, the value of a knob in force while sampling; `None` if it was not among them."""
+        if ("knobs", name) not in self._entries:
+            self._entries["knobs", name] = self._taken(self._source.knob(name), wide=False)
+        return self._entries["knobs", name]
+
+    def _fields(self) -> list[str]:
+        return self._source._fields()
 
 
 def _as_field(name: str, value: Any, batch: int, steps: int, device: Any) -> Any:

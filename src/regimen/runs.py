@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import json
 import os
+import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -50,7 +52,8 @@ class RunFolder:
         if existing.exists() and resume:
             _check_same_config(existing, config)
         write_text(existing, json.dumps(config, indent=1))
-        self._board: Any = None
+        self._lines: TextIO | None = None
+        self._curves: Curves | None = None
 
     def restore(self, tell: Callable[[str], None] = warnings.warn) -> Any | None:
         """The newest readable checkpoint's state, with the metrics cut back to it; `None` if there is none.
@@ -87,21 +90,20 @@ class RunFolder:
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Append a record to `metrics.jsonl` and its numbers to TensorBoard.
 
+        Both are with the operating system on return: a kill of this process does not lose them.
+
         Raises:
             StorageError: either cannot be written.
         """
         with self._writing():
-            with self._metrics.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            self._draw(record, step)
-
-    def _draw(self, record: Mapping[str, Any], step: int) -> None:
-        if self._board is None:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-        for name, value in record.get("metrics", {}).items():
-            self._board.add_scalar(f"{record['kind']}/{name}", value, step)
+            if self._lines is None:
+                # Opened to append, so that it follows when `restore` cuts the file back.
+                self._lines = self._metrics.open("a")
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+            if self._curves is None:
+                self._curves = Curves(self.path / "tensorboard", step)
+            self._curves.add({f"{record['kind']}/{name}": value for name, value in record["metrics"].items()}, step)
 
     def save_samples(self, label: str, samples: Mapping[str, Tensor | list[str]]) -> None:
         """Images as a PNG sheet, texts as a text file, both under `samples/`."""
@@ -113,10 +115,12 @@ class RunFolder:
                 write_text(target.with_suffix(".txt"), "\n".join(content))
 
     def close(self) -> None:
-        """Flush what is buffered; `StorageError` if it cannot be written."""
+        """Write what is buffered; `StorageError` if it cannot be written."""
         with self._writing():
-            if self._board is not None:
-                self._board.close()
+            for file in (self._lines, self._curves):
+                if file is not None:
+                    file.close()
+        self._lines = self._curves = None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -124,6 +128,41 @@ class RunFolder:
             yield
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error}; free some room and resume") from error
+
+
+class Curves:
+    """A file of events for TensorBoard.
+
+    TensorBoard's own writer hands every number to a thread; an iteration of a small model then waits for that thread
+    longer than it works. Here all numbers of a step are one event, written at once.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        """Begin a file in a folder; what older files there say of steps from `first` on is not shown any more."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((folder / name).open("wb"))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, numbers: Mapping[str, float], step: int) -> None:
+        """The numbers of one step, by the names of their curves."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(self._event(step=step, summary=self._summary(value=values)))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._records.close()
 
 
 def _read_checkpoint(path: Path, written: int) -> tuple[Any, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -108,7 +109,8 @@ class Update:
         members: names in the cast whose trainable parameters the optimiser holds.
         learning_rate: a number, or a `Knob` that a controller may move.
         optimizer: a `torch.optim` class, made afresh at every stage's start.
-        options: its further keyword arguments.
+        options: its further keyword arguments; an optimiser that can take its step in one pass (`fused`) does so unless
+            they say otherwise.
         batches: which minibatches an iteration takes; each is one gradient step.
         every: learn only in every so many-th iteration.
         max_grad_norm: gradients are scaled down to this norm; `None` for no limit.
@@ -144,4 +146,11 @@ class Update:
     def build_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimiser over some parameters."""
         rate = self.learning_rate.default if isinstance(self.learning_rate, Knob) else self.learning_rate
-        return self.optimizer(parameters, lr=rate, **self.options)  # type: ignore[call-arg]
+        options = {**self._quick(parameters), **self.options}
+        return self.optimizer(parameters, lr=rate, **options)  # type: ignore[call-arg]
+
+    def _quick(self, parameters: Sequence[nn.Parameter]) -> dict[str, bool]:
+        settled = {"fused", "foreach", "differentiable"} & set(self.options)
+        fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        can = "fused" in inspect.signature(self.optimizer).parameters
+        return {"fused": True} if can and fits and not settled else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -204,3 +205,9 @@ def test_arms_keep_their_colours_and_the_method_stands_out() -> None:
     assert chosen["method"] == plots.METHOD
     assert chosen["base"] == plots.START
     assert len(set(chosen.values())) == 4
+
+
+def test_a_metric_that_an_arm_never_has_leaves_its_column_of_the_matrix_empty(recwarn: pytest.WarningsRecorder) -> None:
+    figure = plots.matrix("arm", ["start", "after fit"], ["error", "isolated"], [[math.nan, math.nan], [0.2, math.nan]])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["–", "–", "0.20", "–"]
+    assert len(recwarn) == 0

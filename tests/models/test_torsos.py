@@ -73,6 +73,17 @@ def test_a_table_has_a_torso_for_each_entry() -> None:
     assert torch.equal(features, torch.cat([state, torso.torsos["vector"](seen["vector"])], 1))
 
 
+def test_a_table_may_have_layers_on_all_its_entries_together() -> None:
+    torch.manual_seed(0)
+    torso = DictTorso({"a": MLPTorso(2, ()), "b": MLPTorso(1, ())}, (8,))
+    assert torso.width == 8
+    a, b = torch.randn(5, 2), torch.randn(5, 1)
+    features = torso(TensorDict({"a": a, "b": b}, [5]))
+    assert torch.equal(features, torso.together(torch.cat([a, b], 1)))
+    apart = torso(TensorDict({"a": a, "b": 0 * b}, [5])) + torso(TensorDict({"a": 0 * a, "b": b}, [5]))
+    assert not torch.allclose(features, apart, atol=1e-3)
+
+
 @pytest.mark.parametrize("space", [spaces.MultiBinary(3), spaces.Discrete(3, start=1), spaces.Text(4)])
 def test_other_spaces_are_refused_by_name(space: Any) -> None:
     with pytest.raises(ValueError, match="no torso for the observations .*; expected a Box, Discrete.n. from 0"):

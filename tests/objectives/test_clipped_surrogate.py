@@ -207,3 +207,25 @@ def test_bad_inputs_are_named(sampled: Sampled) -> None:
         clipped_surrogate(torch.zeros(1), torch.zeros(1), torch.zeros(1), -1)
     with pytest.raises(ValueError, match=r"shapes \[2\], \[1\] and \[1\] differ"):
         clipped_surrogate(torch.zeros(2), torch.zeros(1), torch.zeros(1), 0.2)
+
+
+def test_standardized_advantages_are_those_of_the_whole_minibatch() -> None:
+    """Steps that are left out count nowhere, and micro-batches add up to the whole."""
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.rand(6, 3, generator=rng) < 0.7
+    old, advantages = torch.randn(2, 6, 3, generator=rng)
+    rollout, policy = scored(old, old, 5 * advantages + 2, mask)
+    objective = ClippedSurrogateObjective(0.2, aggregate="token", standardize=True)
+    told = rollout.advantages[mask]
+    standard = (rollout.advantages - told.mean()) / told.std(correction=0)
+    by_hand = loss_of(ClippedSurrogateObjective(0.2, aggregate="token"), rollout.replace(advantages=standard), policy)
+    assert float(loss_of(objective, rollout, policy).total) == pytest.approx(float(by_hand.total), abs=1e-6)
+    assert float(by_hand.total) == pytest.approx(0, abs=1e-6)
+    parts = []
+    for rows in (slice(0, 2), slice(2, 6)):
+        part, scorer = scored(old[rows], old[rows], rollout.advantages[rows], mask[rows])
+        batch = Batch(part, {"policy": scorer}, {}, rng, whole=rollout, rows=rows)
+        parts.append(float(objective(batch).total))
+    by_hand_first = -(standard[:2] * mask[:2]).sum() / mask.sum()
+    assert parts[0] == pytest.approx(float(by_hand_first), abs=1e-6)
+    assert sum(parts) == pytest.approx(0, abs=1e-6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium.spaces as spaces
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from regimen.memory import NewestRollout
 from regimen.models.torsos import MLPTorso
 from regimen.objectives import FeatureDistillation, feature_distance
 from regimen.objectives.base import Batch
+from regimen.policies import ActionPolicy
 from regimen.rollout import Rollout
 from regimen.update import Update
 
@@ -124,3 +127,65 @@ def test_bad_input_is_refused() -> None:
         feature_distance(torch.ones(1, 2), torch.ones(2, 1))
     with pytest.raises(KeyError, match="the cast has no member 'bonus_target'; it has: "):
         loss_of(FeatureDistillation(), seen(states()))
+
+
+# Hidden states of policies
+
+
+def controller(width: int, seed: int) -> ActionPolicy:
+    torch.manual_seed(seed)
+    box = spaces.Box(-1, 1, (3,), np.float32)
+    return ActionPolicy.for_spaces(box, spaces.Discrete(2), widths=(width,))
+
+
+def acted(mask: Tensor) -> Rollout:
+    seen_ = states(*mask.shape)
+    return Rollout.create(
+        task="walk",
+        group=torch.arange(len(mask)),
+        mask=mask,
+        observations=seen_,
+        actions=torch.zeros(mask.shape, dtype=torch.int64),
+        knobs={"temperature": 1.0},
+    )
+
+
+def hidden(projection: str | None = None) -> FeatureDistillation:
+    return FeatureDistillation("teacher", "policy", projection, reads="hidden")
+
+
+def test_hidden_states_are_compared_at_the_steps_that_are_learned_from() -> None:
+    mask = torch.arange(4) < torch.tensor([4, 3, 2, 1, 4, 4])[:, None]
+    cast = {"policy": controller(5, 0), "teacher": controller(5, 1).requires_grad_(False)}
+    rollout = acted(mask)
+    mine, theirs = (cast[name].torso(rollout.observations[mask]) for name in ("policy", "teacher"))
+    expected = (mine - theirs).square().mean()
+    assert float(loss_of(hidden(), rollout, **cast).detach()) == pytest.approx(float(expected.detach()))
+
+
+def test_a_student_policy_learns_the_hidden_states_of_a_wider_teacher() -> None:
+    cast = Cast(policy=controller(12, 0), bridge=nn.Linear(12, 7), teacher=controller(7, 1).requires_grad_(False))
+    rollout, memory = acted(torch.ones(6, 4, dtype=torch.bool)), NewestRollout()
+    learner = Learner(Update(hidden("bridge"), ["policy", "bridge"], learning_rate=0.02), cast)
+    memory.add(rollout)
+    before = float(loss_of(learner.update.objective, rollout, **cast).detach())
+    taught = [p.clone() for p in cast["teacher"].parameters()]
+    for _ in range(150):
+        learner.learn(memory, cast, {}, torch.Generator())
+    assert float(loss_of(learner.update.objective, rollout, **cast).detach()) < 0.1 * before
+    assert all(torch.equal(old, new) for old, new in zip(taught, cast["teacher"].parameters(), strict=True))
+    with pytest.raises(ValueError, match="name a projection to the teacher's width"):
+        loss_of(hidden(), rollout, **cast)
+
+
+def test_a_trainable_teacher_of_hidden_states_gets_no_gradient() -> None:
+    cast = {"policy": controller(5, 0), "teacher": controller(5, 1)}
+    loss_of(hidden(), acted(torch.ones(6, 4, dtype=torch.bool)), **cast).backward()
+    assert all(p.grad is None for p in cast["teacher"].parameters())
+    assert cast["policy"].torso.layers[0].weight.grad is not None
+
+
+def test_distillation_of_hidden_states_passes_the_checks() -> None:
+    mask = torch.arange(4) < torch.tensor([4, 3, 2, 1, 4, 4])[:, None]
+    cast = Cast(policy=controller(5, 0), teacher=controller(5, 1).requires_grad_(False))
+    assert check(hidden(), acted(mask), cast=cast).messages == []

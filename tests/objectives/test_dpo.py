@@ -14,7 +14,7 @@ from regimen.cast import Cast
 from regimen.credit.pairs import BestWorstPairSelector
 from regimen.knobs import Knobs
 from regimen.objectives.base import Batch
-from regimen.objectives.dpo import DPOObjective, dpo_loss, rejected_rollout
+from regimen.objectives.dpo import DPOObjective, dpo_loss, record_logprobs, rejected_rollout
 from regimen.objectives.supervised import SFTObjective
 from regimen.rollout import Rollout
 from regimen.tasks import DatasetTask
@@ -264,6 +264,32 @@ def test_pairs_from_a_data_set(cast: dict[str, Writer]) -> None:
     drawn = task.collect(cast, {}, torch.Generator(), 2)
     assert (rejected_rollout(drawn).actions == drawn.actions - 1).all()
     assert loss_of(DPOObjective(), drawn, cast).isfinite()
+
+
+def test_recorded_logprobs_give_the_loss_of_the_member(cast: dict[str, Writer]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    rows = TensorDict({"context": {"prompt": torch.arange(5) % 2}}, batch_size=[5])
+    rows["actions"] = torch.randint(WORDS, (5, STEPS), generator=generator)
+    rows["mask"] = torch.arange(STEPS) < torch.tensor([[STEPS], [1], [2], [STEPS], [1]])
+    rows["rejected"] = rows.clone()
+    rows["rejected", "actions"] = torch.randint(WORDS, (5, STEPS), generator=generator)
+    losses = []
+    for table, objective, members in [
+        (rows, DPOObjective(0.3), cast),
+        (
+            record_logprobs(rows, cast["reference"], batch_size=2),
+            DPOObjective(0.3, recorded="reference"),
+            {"policy": cast["policy"]},
+        ),
+    ]:
+        drawn = DatasetTask("pairs", table).collect(members, {}, torch.Generator().manual_seed(1), 4)
+        losses.append(loss_of(objective, drawn, members))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-6)
+    assert "reference" not in rows.keys()  # noqa: SIM118
+    with pytest.raises(ValueError, match="has no column 'rejected', so its rows are no pairs"):
+        record_logprobs(rows.exclude("rejected"), cast["reference"])
+    with pytest.raises(ValueError, match=r"the table of pairs has no 'mask \[N, T\]'"):
+        record_logprobs(rows.exclude("mask"), cast["reference"])
 
 
 def test_errors(pairs: Rollout, cast: dict[str, Writer]) -> None:

@@ -22,7 +22,7 @@ from regimen.loop import train
 from regimen.models import small_decoder, word_tokenizer
 from regimen.models.value_head import ValueHead
 from regimen.objectives import Batch, ClippedSurrogateObjective, ReferenceKL, SFTObjective, ValueObjective
-from regimen.policies import TokenPolicy
+from regimen.policies import TokenPolicy, token_steps
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import FunctionReward
 from regimen.rollout import Rollout
@@ -315,15 +315,14 @@ def test_visible_never_shows_what_comes_later(policy: TokenPolicy) -> None:
     torch.testing.assert_close(found[1:], direct_logprob(policy, tokens), rtol=0, atol=1e-5)
 
 
-def test_large_batches_are_read_in_parts_of_similar_length(
-    policy: TokenPolicy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_batches_are_read_in_parts_of_similar_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = TokenPolicy(tiny.language_model("gpt2"), tiny.tokenizer(), max_new_tokens=12)
     rollout = sample(policy)
     whole = policy.distribution(rollout)
     areas = []
     hidden = policy.network.hidden
     monkeypatch.setattr(policy.network, "hidden", lambda ids, **o: areas.append(ids.numel()) or hidden(ids, **o))
-    monkeypatch.setattr("regimen.policies.token.READ_AT_ONCE", 3)
+    monkeypatch.setattr("regimen.policies.reading.READ_AT_ONCE", 3)
     parts = policy.distribution(rollout)
     torch.testing.assert_close(parts.logprob, whole.logprob, rtol=0, atol=1e-5)
     own = rollout.loss_mask
@@ -334,13 +333,38 @@ def test_large_batches_are_read_in_parts_of_similar_length(
 
 def test_steps_after_the_last_one_asked_for_are_not_read(policy: TokenPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     rollout = sample(policy)
-    lengths = []
-    hidden = policy.network.hidden
-    monkeypatch.setattr(policy.network, "hidden", lambda ids, **o: lengths.append(ids.shape[1]) or hidden(ids, **o))
     where = rollout.loss_mask & (torch.arange(rollout.steps) <= 8)
-    some = policy.distribution(rollout, where)
-    assert lengths == [8]
+    changed = torch.where(torch.arange(rollout.steps) <= 8, rollout.actions, 3)
+    some = policy.distribution(rollout.replace(actions=changed), where)
     torch.testing.assert_close(some.logprob.detach(), rollout.logprobs * where, rtol=0, atol=1e-5)
+
+
+def test_logits_of_a_large_batch_are_computed_block_by_block_with_the_same_gradients(
+    policy: TokenPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probability (truncated), entropy and KL: values and gradients, and never more logits than allowed."""
+    rollout = sample(policy, PROMPTS, temperature=0.7, top_k=9)
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    frozen, found, rows = other.requires_grad_(False), [], []
+    logits = policy.network.logits
+    monkeypatch.setattr(policy.network, "logits", lambda states: rows.append(len(states)) or logits(states))
+    for limit in (2**20, 300 * 5):
+        rows.clear()
+        monkeypatch.setitem(token_steps.LOGITS_AT_ONCE, "cpu", limit)
+        policy.zero_grad()
+        steps = policy.distribution(rollout)
+        terms = [steps.logprob, steps.entropy(), steps.kl(frozen.distribution(rollout))]
+        sum(
+            (k + 1.0) * (term * torch.arange(term.numel()).view_as(term)).sum() for k, term in enumerate(terms)
+        ).backward()
+        found.append(([t.detach() for t in terms], [p.grad.clone() for p in policy.parameters() if p.grad is not None]))
+    assert max(rows) <= 5
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=1e-6)
+    for new, old in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6 * float(old.abs().max()))
 
 
 def test_asked_for_nothing_a_policy_gives_zeros(policy: TokenPolicy) -> None:

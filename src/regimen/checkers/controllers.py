@@ -5,11 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
+
+import torch
+from torch import Tensor
 
 from regimen.checkers.findings import Findings, storable
 from regimen.checkers.setting import Setting
-from regimen.controllers.base import Controller, Moment, Situation
+from regimen.checkers.stand_ins import credited, stand_in_rollout
+from regimen.controllers.base import Controller, Moment, Situation, needs_of
+from regimen.rollout import Rollout
 
 STEPS, TOTAL = 5, 100
 
@@ -47,7 +53,8 @@ def check_controller(controller: Controller, setting: Setting, findings: Finding
 def _act(controller: Controller, step: int, setting: Setting, findings: Findings) -> dict[str, float]:
     metrics = dict(setting.metrics)
     knobs = {name: setting.values.get(name, 1.0) for name in controller.moves} | dict(setting.values)
-    situation = Situation(step, TOTAL, metrics, knobs)
+    insight = None if needs_of(controller) is None else _StandInInsight(step)
+    situation = Situation(step, TOTAL, metrics, knobs, insight)
     moved: Any = findings.attempt(
         f"controller(situation) at step {step} (metrics: {', '.join(metrics) or 'none'})", lambda: controller(situation)
     )
@@ -63,3 +70,29 @@ def _act(controller: Controller, step: int, setting: Setting, findings: Findings
         )
     findings.need(metrics == dict(setting.metrics), "it changed the metrics that it was shown; they are the log's")
     return {name: float(value) for name, value in moved.items()}
+
+
+class _StandInInsight:
+    """Losses and gradients that differ by name and step, for a controller that needs some."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def losses(self, *names: str) -> dict[str, float]:
+        return {name: float(self._drawn(name, 1)) for name in names}
+
+    def gradients(self, *names: str) -> dict[str, Tensor]:
+        return {name: self._drawn(name, 8) for name in names}
+
+    def probe(self) -> Rollout:
+        return credited(stand_in_rollout())
+
+    def probe_gradient(self, rollout: Rollout) -> Tensor:
+        return self._drawn("probe", 8)
+
+    def moved(self, by: Tensor) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _drawn(self, name: str, size: int) -> Tensor:
+        seed = self.step + 1000 * sum(name.encode())
+        return torch.rand(size, generator=torch.Generator().manual_seed(seed))

@@ -1,19 +1,30 @@
 """Adapt: controllers that move knobs."""
 
-from regimen.controllers.base import Controller, Moment, Situation
-from regimen.controllers.curves import Alternating, Constant, Curve, Exponential, Linear, Piecewise, Steps
+from regimen.controllers.base import Controller, Insight, Moment, Needs, Probe, Situation
+from regimen.controllers.curves import Alternating, Constant, Cosine, Curve, Exponential, Linear, Piecewise, Steps
+from regimen.controllers.meta_gradient import MetaGradientWeight, TargetEntropy, meta_gradient, mixed_weight_step
+from regimen.controllers.mixture import TaskMixture
 from regimen.controllers.schedule import Schedule
 
 __all__ = [
     "Alternating",
     "Constant",
     "Controller",
+    "Cosine",
     "Curve",
     "Exponential",
+    "Insight",
     "Linear",
+    "MetaGradientWeight",
     "Moment",
+    "Needs",
     "Piecewise",
+    "Probe",
     "Schedule",
     "Situation",
     "Steps",
+    "TargetEntropy",
+    "TaskMixture",
+    "meta_gradient",
+    "mixed_weight_step",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -132,6 +133,30 @@ class Alternating:
     def __call__(self, step: int) -> float:
         """The value at a step."""
         return self.first if step % self.window < self.share * self.window - 1e-9 else self.then
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From `baseline` to 1 along half a cosine in `period` steps, `cycles` times in turn; then 1 (VPL's annealing).
+
+    A cycle ends at 1, and the step after begins the next one.
+    """
+
+    period: int
+    cycles: int = 1
+    baseline: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive("Cosine", period=self.period, cycles=self.cycles)
+        if not 0 <= self.baseline <= 1:
+            raise ValueError(f"Cosine: baseline is {self.baseline}, expected in [0, 1]")
+
+    def __call__(self, step: int) -> float:
+        """The value at a step."""
+        if step > self.period * self.cycles:
+            return 1.0
+        within = (step - 1) % self.period + 1 if step > 0 else 0
+        return self.baseline + (1 - self.baseline) * (1 - math.cos(math.pi * within / self.period)) / 2
 
 
 def _positive(owner: str, **values: float) -> None:

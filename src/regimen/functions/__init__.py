@@ -12,6 +12,7 @@ from regimen.functions.flow import (
     velocity_target,
 )
 from regimen.functions.images import closeness, nearest_distance
+from regimen.functions.trajectories import min_ade, min_fde, straight_on
 
 __all__ = [
     "aggregate_weights",
@@ -23,10 +24,13 @@ __all__ = [
     "interpolate",
     "kl_estimate",
     "masked_mean",
+    "min_ade",
+    "min_fde",
     "nearest_distance",
     "row_uniform",
     "sample_tokens",
     "shifted_sigmas",
+    "straight_on",
     "support_size",
     "token_logprob",
     "velocity_target",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def support_size(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -46,6 +49,42 @@ def token_logprob(logits: Tensor, tokens: Tensor, kept: Tensor | None = None) ->
     return chosen - top.scatter(-1, last, least).masked_fill(outside, -torch.inf).logsumexp(-1)
 
 
+def categorical_entropy(logits: Tensor) -> Tensor:
+    """Entropy `[R]` in nats of logits `[R, V]`."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def categorical_kl(mine: Tensor, theirs: Tensor) -> Tensor:
+    """KL(mine || theirs) `[R]` in nats, of logits `[R, V]` both."""
+    logp, logq = mine.log_softmax(-1), theirs.log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def in_blocks(function: Callable[..., Tensor], size: int, *tensors: Tensor | None) -> Tensor:
+    """What a function gives for rows `[R, ...]`, computed for `size` rows at a time, and again for the gradient.
+
+    Nothing that it computes on the way is kept, so that logits `[R, V]` are never in memory as a whole. Up to `size`
+    rows are computed at once, and once.
+
+    Args:
+        function: of as many tensors, row by row; differentiable in what it is given and in what it refers to.
+        size: rows at a time.
+        tensors: with `R` rows each, or `None`, which is passed on.
+    """
+    rows = next(len(tensor) for tensor in tensors if tensor is not None)
+    if rows <= size:
+        return function(*tensors)
+    parts = []
+    for start in range(0, rows, size):
+        block = [None if tensor is None else tensor[start : start + size] for tensor in tensors]
+        kept = not torch.is_grad_enabled()
+        parts.append(
+            function(*block) if kept else checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False)
+        )
+    return torch.cat(parts)
+
+
 def sample_tokens(logits: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
     """Tokens int64 `[R]` by inverting the distribution function at `uniform [R]` in [0, 1).
 
@@ -57,16 +96,18 @@ def sample_tokens(logits: Tensor, uniform: Tensor, kept: Tensor | None = None) -
         kept: size of each row's support, see `support_size`; everything by default.
     """
     if kept is None:
-        order, probabilities = None, logits.softmax(-1)
-    else:
-        values, order = logits.topk(int(kept.max()), -1)
-        outside = torch.arange(values.shape[-1], device=logits.device) >= kept[:, None]
-        probabilities = values.masked_fill(outside, -torch.inf).softmax(-1)
+        return _invert(logits.softmax(-1), uniform)
+    values, order = logits.topk(int(kept.max()), -1)
+    outside = torch.arange(values.shape[-1], device=logits.device) >= kept[:, None]
+    place = _invert(values.masked_fill(outside, -torch.inf).softmax(-1), uniform)
+    return order.gather(-1, place[:, None]).squeeze(-1)
+
+
+def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     # Below 1, a number times the total is below the total however it is rounded: the token has some probability.
     at = uniform.double()[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, at, right=True)
-    return (place if order is None else order.gather(-1, place)).squeeze(-1)
+    return torch.searchsorted(cumulative, at, right=True).squeeze(-1)
 
 
 def row_uniform(seeds: Tensor, step: int | Tensor) -> Tensor:

@@ -113,8 +113,8 @@ def lines(curves: Sequence[Curve], title: str, x_label: str, y_label: str, steps
 def matrix(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
     """Numbers by stage (rows) and metric (columns); darker is larger, relative to a column's largest value."""
     table = np.asarray(values, dtype=float)
-    largest = np.nanmax(np.abs(table), 0)
-    shade = np.clip((table - np.nanmin(table, 0)) / np.where(largest > 0, largest, 1.0), 0, 1)
+    largest, smallest = np.fmax.reduce(np.abs(table), 0), np.fmin.reduce(table, 0)  # NaN where there is no number.
+    shade = np.clip((table - smallest) / np.where(largest > 0, largest, 1.0), 0, 1)
     figure = _figure(1.3 + 1.05 * len(columns), 1.15 + 0.42 * len(rows))
     axes = figure.subplots()
     axes.imshow(0.08 + 0.75 * shade, cmap="Blues", vmin=0, vmax=1, aspect="auto")

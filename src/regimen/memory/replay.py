@@ -120,6 +120,16 @@ class ReplayMemory:
         stores = zip(self._kept.values(), counts, strict=True)
         return Rollout.cat([Rollout(store.draw(n, rng), self._names) for store, n in stores if n]).to(rng.device)
 
+    def last(self, size: int | None = None) -> Rollout:
+        """The newest `size` samples of each ring, the oldest of them first; by default all that is kept.
+
+        Raises:
+            ValueError: the memory is empty.
+        """
+        if not len(self):
+            raise ValueError(EMPTY)
+        return Rollout.cat([Rollout(store.last(size), self._names) for store in self._kept.values()])
+
     def _counts(self, size: int, rng: torch.Generator) -> list[int]:
         """How many samples of each task: within 1 of its share of `size`, and its share in the mean."""
         shares = self.per_task if isinstance(self.per_task, Mapping) else dict.fromkeys(self._kept, 1.0)

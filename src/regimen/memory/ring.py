@@ -48,6 +48,12 @@ class Ring:
         slots = torch.randint(len(self), (size,), generator=rng, device=rng.device)
         return slots.to(self.table.device)
 
+    def last(self, size: int | None) -> Tensor:
+        """Slots int64 of the newest rows, the oldest of them first: `size` of them, or all."""
+        assert self.table is not None, "only asked where there are rows"
+        first = self.count - min(len(self), self.capacity if size is None else size)
+        return torch.arange(first, self.count, device=self.table.device) % self.capacity
+
     def ages(self, slots: Tensor) -> Tensor:
         """How many rows came after those in some slots."""
         return (self.count - 1 - slots) % self.capacity

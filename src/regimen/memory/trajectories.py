@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from regimen.memory.ring import Ring, fitted
 from regimen.rollout import Rollout
@@ -33,7 +34,13 @@ class Trajectories:
 
     def draw(self, size: int, rng: torch.Generator) -> TensorDict:
         """`size` samples, uniformly with replacement, with the column `age`."""
-        slots = self._ring.draw(size, rng)
+        return self._at(self._ring.draw(size, rng))
+
+    def last(self, size: int | None) -> TensorDict:
+        """The newest samples, the oldest of them first."""
+        return self._at(self._ring.last(size))
+
+    def _at(self, slots: Tensor) -> TensorDict:
         drawn = self._ring[slots]
         drawn.get("columns").set("age", self._ring.ages(slots))
         return drawn

@@ -48,7 +48,13 @@ class Transitions:
 
     def draw(self, size: int, rng: torch.Generator) -> TensorDict:
         """`size` steps, uniformly with replacement, with those that came next and the column `age`."""
-        first = self._ring.draw(size, rng)
+        return self._at(self._ring.draw(size, rng))
+
+    def last(self, size: int | None) -> TensorDict:
+        """The newest steps, the oldest of them first, with those that came next and the column `age`."""
+        return self._at(self._ring.last(size))
+
+    def _at(self, first: Tensor) -> TensorDict:
         drawn = self._ring[first]
         exists = self._onward(first)
         # Where a trajectory has ended its last step stands again, and not what another, or none, has left there.

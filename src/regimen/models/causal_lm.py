@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from regimen.models.dense import product
 from regimen.models.kv_cache import RowsCache
+from regimen.models.llama_forward import LlamaForward
 
 IMPOSSIBLE = -1e9
 """Logit of a token that is never said: finite, so that entropy and KL are, whatever the temperature."""
@@ -44,6 +46,7 @@ class CausalLM(nn.Module):
         names = ("image_token_id", "video_token_id")
         tokens = [token for name in names if (token := getattr(self.base.config, name, None)) is not None]
         self.register_buffer("placeholders", torch.tensor(tokens, dtype=torch.int64), persistent=False)
+        self._forward = self._known()
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_forgive_frozen)
         self.eval()
@@ -104,6 +107,31 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: `visible` for a model whose attention does not take it.
         """
+        if visible is None and not images and (forward := self.forward_pass) is not None:
+            return forward.grid(ids, mask, positions, cache)
+        return self.plain_hidden(ids, mask, visible, positions, cache, images)
+
+    @property
+    def forward_pass(self) -> LlamaForward | None:
+        """One of our own that is equal to that of `transformers` and faster, for a model that it knows."""
+        return self._forward if self._forward is not None and self._forward.applies else None
+
+    @contextmanager
+    def weights_fixed(self) -> Iterator[None]:
+        """Promise that no weight changes while in this context, so that preparations are made once."""
+        with nullcontext() if (forward := self.forward_pass) is None else forward.joined():
+            yield
+
+    def plain_hidden(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        visible: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: RowsCache | None = None,
+        images: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """`hidden` by the forward pass of `transformers`."""
         if positions is None and (mask is not None or images):
             positions = self.positions(torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, ids, images)
         if visible is not None:
@@ -137,7 +165,9 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., D]`, in float32 or better."""
-        found: Tensor = self.base.get_output_embeddings()(hidden)
+        head = self.base.get_output_embeddings()
+        plain = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+        found: Tensor = product(hidden, head.weight, head.bias) if plain else head(hidden)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         if scale := getattr(self.config, "logit_scale", None):
             found = found * scale
@@ -197,8 +227,12 @@ class CausalLM(nn.Module):
             raise ValueError("CausalLM.lora: the model has adapters already; load it without them, or train those")
         settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
         self.model = peft.get_peft_model(self.model, settings)
+        self._forward = self._known()
         self.eval()
         return self
+
+    def _known(self) -> LlamaForward | None:
+        return LlamaForward(self.base.base_model) if LlamaForward.knows(self.base.base_model) else None
 
     @property
     def has_adapters(self) -> bool:

@@ -10,6 +10,7 @@ import gymnasium.spaces as spaces
 import torch
 from torch import Tensor, nn
 
+from regimen.models.dense import large, product
 from regimen.models.torsos import Observations, orthogonal, torso_for
 
 
@@ -92,8 +93,23 @@ class QNetwork(nn.Module):
         features = self.torso(observations)
         relative = (actions - self.middle) / self.reach
         both = torch.cat([features, relative], -1)
-        values: Tensor = self.layers(both.expand(self.critics, *both.shape))
+        values: Tensor
+        if any(isinstance(layer, ParallelLinear) and large(both, layer.weight[0]) for layer in self.layers):
+            values = self._one_by_one(both)
+        else:
+            values = self.layers(both.expand(self.critics, *both.shape))
         return values.squeeze(-1)
+
+    def _one_by_one(self, both: Tensor) -> Tensor:
+        """Of large products several at once cost more than one after the other; `[K, R, 1]`."""
+        layers = [layer.apart() if isinstance(layer, ParallelLinear) else layer for layer in self.layers]
+        values = []
+        for critic in range(self.critics):
+            rows = both
+            for layer in layers:
+                rows = product(rows, *layer[critic]) if isinstance(layer, list) else layer(rows)
+            values.append(rows)
+        return torch.stack(values)
 
 
 class ParallelLinear(nn.Module):
@@ -108,6 +124,10 @@ class ParallelLinear(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """`[K, R, outputs]`."""
         return torch.baddbmm(self.bias, rows, self.weight)
+
+    def apart(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights `[outputs, inputs]` and biases `[outputs]` of each layer."""
+        return [(weight.t(), bias) for weight, bias in zip(self.weight, self.bias.squeeze(1), strict=True)]
 
 
 class ActionValues(nn.Module):

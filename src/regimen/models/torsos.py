@@ -11,6 +11,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from regimen.models.dense import Dense
+
 Observations: TypeAlias = Tensor | TensorDict
 """`[R, ...]`, or a table `[R]` of tensors where observations are dictionaries."""
 
@@ -27,12 +29,14 @@ class MLPTorso(nn.Module):
         self.width = widths[-1] if widths else inputs
         layers: list[nn.Module] = []
         for before, after in pairwise([inputs, *widths]):
-            layers += [orthogonal(nn.Linear(before, after), 2**0.5), activation()]
+            layers += [orthogonal(Dense(before, after), 2**0.5), activation()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, observations: Tensor) -> Tensor:
         """Features `[R, width]`."""
-        features: Tensor = self.layers(observations.flatten(1).to(_precision(self.layers)))
+        features = observations.flatten(1).to(_precision(self.layers))
+        for layer in self.layers:
+            features = layer(features)
         return features
 
 
@@ -113,16 +117,26 @@ class OneHotTorso(nn.Module):
 
 
 class DictTorso(nn.Module):
-    """A torso for each entry of a table of observations; their features side by side."""
+    """A torso for each entry of a table of observations; their features side by side, and perhaps layers on these."""
 
-    def __init__(self, torsos: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        torsos: Mapping[str, nn.Module],
+        widths: Sequence[int] = (),
+        activation: type[nn.Module] = nn.Tanh,
+    ) -> None:
+        """`widths` and `activation` are those of the layers on all features together."""
         super().__init__()
         self.torsos = nn.ModuleDict(dict(torsos))
-        self.width = sum(cast(int, torso.width) for torso in torsos.values())
+        inputs = sum(cast(int, torso.width) for torso in torsos.values())
+        self.together = MLPTorso(inputs, widths, activation) if widths else nn.Identity()
+        self.width = widths[-1] if widths else inputs
 
     def forward(self, observations: TensorDict) -> Tensor:
         """Features `[R, width]`."""
-        return torch.cat([torso(observations[name]) for name, torso in self.torsos.items()], -1)
+        apart = torch.cat([torso(observations[name]) for name, torso in self.torsos.items()], -1)
+        features: Tensor = self.together(apart)
+        return features
 
 
 def torso_for(
@@ -157,7 +171,8 @@ def torso_for(
 
 def _precision(layers: nn.Sequential) -> torch.dtype:
     """That of the first layer's weights."""
-    return cast(nn.Linear, layers[0]).weight.dtype if len(layers) else torch.get_default_dtype()
+    first: Any = next(iter(layers), None)
+    return torch.get_default_dtype() if first is None else first.weight.dtype
 
 
 def orthogonal(layer: Any, gain: float) -> Any:

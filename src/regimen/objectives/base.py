@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from regimen.functions.aggregate import Aggregate, aggregate_weights
 from regimen.knobs import Knob, Weight
 from regimen.policies.base import StepDistribution
-from regimen.rollout import Rollout
+from regimen.rollout import Rollout, Steps
 
 
 @dataclass
@@ -37,18 +39,46 @@ class Batch:
     rng: torch.Generator
     whole: Rollout | None = None
     rows: slice = field(default_factory=lambda: slice(None))
+    _weights: dict[tuple[Aggregate, int | None], Tensor] = field(default_factory=dict)
     _distributions: dict[str, StepDistribution] = field(default_factory=dict)
     _proposals: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _of_tasks: dict[tuple[str, ...], Batch] = field(default_factory=dict)
+
+    def of_tasks(self, *tasks: str) -> Batch:
+        """The samples of some tasks, as a slice of those of the minibatch; made once for all objectives."""
+        if tasks not in self._of_tasks:
+            whole = self.rollout if self.whole is None else self.whole
+            wanted = [place for place, name in enumerate(whole.task_names) if name in tasks]
+            theirs = torch.isin(whole.task, torch.tensor(wanted, dtype=torch.int64, device=whole.task.device))
+            here = theirs[self.rows]
+            first = int(theirs[: self.rows.start or 0].sum())
+            rows = slice(first, first + int(here.sum()))
+            part = Batch(self.rollout[here], self.cast, self.knobs, self.rng, whole[theirs], rows)
+            self._of_tasks[tasks] = self if bool(theirs.all()) else part
+        return self._of_tasks[tasks]
 
     def weights(self, aggregate: Aggregate, horizon: int | None = None) -> Tensor:
         """`[B, T]`: the sum of a loss per step under these weights is its aggregate over the minibatch."""
-        whole = self.rollout if self.whole is None else self.whole
-        return aggregate_weights(whole.loss_mask, aggregate, horizon, whole.segment)[self.rows]
+        key = aggregate, horizon
+        if key not in self._weights:
+            whole = self.rollout if self.whole is None else self.whole
+            segment = whole.segment if aggregate == "segment" else None
+            self._weights[key] = aggregate_weights(whole.loss_mask, aggregate, horizon, segment)[self.rows]
+        return self._weights[key]
+
+    @cached_property
+    def steps(self) -> Steps:
+        """Those that are learned from."""
+        return Steps(self.rollout.loss_mask)
+
+    def aggregated(self, per_step: Tensor, aggregate: Aggregate, horizon: int | None = None) -> Tensor:
+        """The sum `[]` of a loss `[R]` per step that is learned from, under its `weights`."""
+        return (per_step * self.steps.of(self.weights(aggregate, horizon))).sum()
 
     @property
     def share(self) -> float:
         """This slice's share of the minibatch's samples, for losses that are means over samples."""
-        return 1.0 if self.whole is None else len(self.rollout) / len(self.whole)
+        return 1.0 if self.whole is None or self.whole is self.rollout else len(self.rollout) / len(self.whole)
 
     def distribution(self, member: str = "policy") -> StepDistribution:
         """A member's distribution at the steps that are learned from, computed once for all objectives.
@@ -68,8 +98,7 @@ class Batch:
         Drawn once for all objectives. Both have a gradient; the second is `None` of a deterministic policy.
         """
         if member not in self._proposals:
-            row, step = self.rollout.loss_mask.nonzero(as_tuple=True)
-            observations = self.rollout.observations[row, step]
+            observations = self.steps.of(self.rollout.observations)
             self._proposals[member] = self.member(member).propose(observations, self.rng)
         return self._proposals[member]
 
@@ -133,6 +162,14 @@ class Objective(ABC):
         """The objectives of a sum; itself otherwise."""
         yield self
 
+    def parts(self) -> Iterator[Objective]:
+        """Itself, then what it is made of, each without the weight before it."""
+        yield self
+
+    def on(self, *tasks: str) -> TaskObjective:
+        """This objective on the samples of some tasks only; the others are not shown to it."""
+        return TaskObjective(self, tasks)
+
     @property
     def term_name(self) -> str:
         """A name for weights and errors."""
@@ -151,10 +188,10 @@ class Objective(ABC):
     def __neg__(self) -> SumObjective:
         return SumObjective([(weight.times(-1), term) for weight, term in _terms(self)])
 
-    def __mul__(self, other: float | Knob) -> SumObjective:
-        if not isinstance(other, float | int | Knob):
+    def __mul__(self, other: float | Knob | Weight) -> SumObjective:
+        if not isinstance(other, float | int | Knob | Weight):
             return NotImplemented
-        if isinstance(self, SumObjective) and not isinstance(other, Knob):
+        if isinstance(self, SumObjective) and not isinstance(other, Knob | Weight):
             return SumObjective([(weight.times(other), term) for weight, term in self.terms])
         return SumObjective([(Weight.of(other, self.term_name), self)])
 
@@ -183,6 +220,12 @@ class SumObjective(Objective):
         for _, term in self.terms:
             yield from term.leaves()
 
+    def parts(self) -> Iterator[Objective]:
+        """Itself, then the parts of all terms."""
+        yield self
+        for _, term in self.terms:
+            yield from term.parts()
+
     def loss(self, batch: Batch) -> Tensor:
         """The weighted sum."""
         return self(batch).total
@@ -193,10 +236,46 @@ class SumObjective(Objective):
         losses = [(factor, term(batch)) for factor, term in factors if factor != 0]
         if not losses:
             raise ValueError(f"every term of the objective has weight 0 ({self.term_name}); learn from at least one")
-        total = torch.stack([factor * loss.total for factor, loss in losses]).sum()
+        total = reduce(add, [loss.total if factor == 1 else factor * loss.total for factor, loss in losses])
         components = {name: value for _, loss in losses for name, value in loss.components.items()}
         metrics = {name: value for _, loss in losses for name, value in loss.metrics.items()}
         return Loss(total, components, metrics)
+
+
+class TaskObjective(Objective):
+    """An objective on the samples of some tasks, whose means are over those alone; 0 where there are none."""
+
+    def __init__(self, objective: Objective, tasks: tuple[str, ...]) -> None:
+        if not tasks:
+            raise ValueError("Objective.on: name at least one task")
+        self.objective, self.tasks, self.name = objective, tasks, objective.name
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """What the objective reads."""
+        return self.objective.knobs
+
+    def leaves(self) -> Iterator[Objective]:
+        """Those of the objective."""
+        yield from self.objective.leaves()
+
+    def parts(self) -> Iterator[Objective]:
+        """Itself, then the parts of the objective on the same tasks."""
+        yield self
+        for part in list(self.objective.parts())[1:]:
+            yield part.on(*self.tasks)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The objective's."""
+        return self(batch).total
+
+    def __call__(self, batch: Batch) -> Loss:
+        """The objective on a part of the batch."""
+        part = batch.of_tasks(*self.tasks)
+        if len(part.rollout):
+            return self.objective(part)
+        zero = torch.zeros((), device=batch.rollout.mask.device)
+        return Loss(zero, {leaf.name: zero for leaf in self.leaves()})
 
 
 def _terms(objective: Objective) -> list[tuple[Weight, Objective]]:

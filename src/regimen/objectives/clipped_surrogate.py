@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regimen.functions.aggregate import Aggregate, masked_mean
+from regimen.functions.aggregate import Aggregate, mean_of
 from regimen.objectives.base import Batch, Objective
+from regimen.rollout import Rollout
 
 
 def clipped_surrogate(
@@ -36,13 +37,22 @@ def clipped_surrogate(
         )
     _check_range("clipped_surrogate", clip, clip_high)
     ratio = (logprob - behaviour_logprob).exp()
-    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+    # The larger loss is that of the ratio clipped on one side only: above for what was good, below for what was bad.
+    good = advantage >= 0
+    low = torch.where(good, -torch.inf, 1 - clip)
+    high = torch.where(good, 1 + (clip if clip_high is None else clip_high), torch.inf)
+    return -advantage * ratio.clamp(low, high), ratio
 
 
 def _check_range(owner: str, clip: float, clip_high: float | None) -> None:
     if clip <= 0 or (clip_high is not None and clip_high <= 0):
         raise ValueError(f"{owner}: clip={clip}, clip_high={clip_high}; expected > 0")
+
+
+def _standardized(advantage: Tensor, minibatch: Rollout) -> Tensor:
+    """Advantages less the mean of a minibatch's, over their deviation (a single step's is 0)."""
+    std, mean = torch.std_mean(minibatch.advantages[minibatch.loss_mask], correction=0)
+    return (advantage - mean) / (std + 1e-8)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,8 @@ class ClippedSurrogateObjective(Objective):
         aggregate, horizon: how steps are weighted, see `aggregate_weights`: `"sequence"` is GRPO's, `"token"` is
             DAPO's and PPO's mean over all steps, `"constant"` Dr. GRPO's.
         member: the member that is trained.
+        standardize: subtract the advantages' mean over the minibatch's steps and divide by their deviation, as the
+            first implementation of PPO does (Engstrom et al. 2020), whatever the credit has done.
     """
 
     clip: float = 0.2
@@ -61,6 +73,7 @@ class ClippedSurrogateObjective(Objective):
     aggregate: Aggregate = "sequence"
     horizon: int | None = None
     member: str = "policy"
+    standardize: bool = False
     name: str = "surrogate"
 
     def __post_init__(self) -> None:
@@ -73,24 +86,23 @@ class ClippedSurrogateObjective(Objective):
         range; `approx_kl`, the k3 estimate of the KL from the behaviour policy.
         """
         advantage = batch.require("advantages", "ClippedSurrogateObjective", "give the stage a credit")
+        if self.standardize:
+            advantage = _standardized(advantage, batch.rollout if batch.whole is None else batch.whole)
         behaviour = batch.require(
             "logprobs",
             "ClippedSurrogateObjective",
             "sample with a stochastic policy (a flow policy needs knob noise_level > 0)",
         )
-        mask = batch.rollout.loss_mask
         logprob = batch.distribution(self.member).logprob
-        per_step, ratio = clipped_surrogate(
-            logprob, torch.where(mask, behaviour, 0), torch.where(mask, advantage, 0), self.clip, self.clip_high
-        )
-        weights = batch.weights(self.aggregate, self.horizon)
-        return torch.where(mask, per_step * weights, 0).sum(), self._metrics(ratio.detach(), mask)
+        of = batch.steps.of
+        per_step, ratio = clipped_surrogate(of(logprob), of(behaviour), of(advantage), self.clip, self.clip_high)
+        return batch.aggregated(per_step, self.aggregate, self.horizon), self._metrics(ratio.detach())
 
-    def _metrics(self, ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        high = self.clip if self.clip_high is None else self.clip_high
-        outside = (ratio < 1 - self.clip) | (ratio > 1 + high)
+    def _metrics(self, ratio: Tensor) -> dict[str, Tensor]:
+        change, high = ratio - 1, self.clip if self.clip_high is None else self.clip_high
+        outside = (change < -self.clip) | (change > high)
         return {
-            "ratio_deviation": torch.where(mask, (ratio - 1).abs(), 0).amax(),
-            "clip_share": masked_mean(outside.float(), mask),
-            "approx_kl": masked_mean(ratio - 1 - ratio.log(), mask),
+            "ratio_deviation": change.abs().amax() if len(ratio) else ratio.sum(),
+            "clip_share": mean_of(outside),
+            "approx_kl": mean_of(change - ratio.log()),
         }

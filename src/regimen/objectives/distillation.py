@@ -29,7 +29,7 @@ def feature_distance(student: Tensor, teacher: Tensor, distance: Distance = "mse
     """
     if student.shape != teacher.shape:
         raise ValueError(f"feature_distance: student {list(student.shape)} and teacher {list(teacher.shape)} differ")
-    _check_distance("feature_distance", distance)
+    check_distance("feature_distance", distance)
     apart = student - teacher
     return apart.square().mean(1) if distance == "mse" else apart.norm(dim=1)
 
@@ -45,7 +45,9 @@ class FeatureDistillation(Objective):
         teacher, student: members of the cast, states `[R, ...]` to features `[R, D]`; the teacher gets no gradient.
         projection: member of the cast from the student's features to the teacher's width, where they differ.
         distance: see `feature_distance`.
-        reads: the states: `"observations"`, or a side column `[B, T, ...]`.
+        reads: the states: `"observations"`, or a side column `[B, T, ...]`. With `"hidden"`, teacher and student are
+            policies, and features are the hidden states of their step distributions: what a policy knew before each
+            step, at no further forward pass of the student.
         aggregate, horizon: how steps are weighted, see `aggregate_weights`.
     """
 
@@ -59,15 +61,12 @@ class FeatureDistillation(Objective):
     name: str = "feature_distillation"
 
     def __post_init__(self) -> None:
-        _check_distance("FeatureDistillation", self.distance)
+        check_distance("FeatureDistillation", self.distance)
 
     def loss(self, batch: Batch) -> Tensor:
         """Weighted sum of the distance per step."""
-        rollout, mask = batch.rollout, batch.rollout.loss_mask
-        states = (rollout.observations if self.reads == "observations" else rollout[self.reads])[mask]
-        with torch.no_grad():
-            wanted = batch.member(self.teacher)(states)
-        given = batch.member(self.student)(states)
+        mask = batch.rollout.loss_mask
+        given, wanted = self._hidden(batch) if self.reads == "hidden" else self._features(batch)
         if self.projection is not None:
             given = batch.member(self.projection)(given)
         if given.shape != wanted.shape:
@@ -79,7 +78,21 @@ class FeatureDistillation(Objective):
         per_step = apart.new_zeros(mask.shape).masked_scatter(mask, apart)
         return (per_step * batch.weights(self.aggregate, self.horizon)).sum()
 
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What student and teacher make of the states that they are shown, `[R, D]` each."""
+        rollout, mask = batch.rollout, batch.rollout.loss_mask
+        states = (rollout.observations if self.reads == "observations" else rollout[self.reads])[mask]
+        with torch.no_grad():
+            wanted = batch.member(self.teacher)(states)
+        return batch.member(self.student)(states), wanted
 
-def _check_distance(owner: str, distance: str) -> None:
+    def _hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The hidden states of student and teacher, `[R, D]` each."""
+        given, wanted = (batch.distribution(member).hidden for member in (self.student, self.teacher))  # type: ignore[attr-defined]
+        return batch.steps.of(given), batch.steps.of(wanted).detach()
+
+
+def check_distance(owner: str, distance: str) -> None:
+    """Raise `ValueError` for a distance that there is not."""
     if distance not in get_args(Distance):
         raise ValueError(f"{owner}: distance '{distance}' is not one of {', '.join(get_args(Distance))}")

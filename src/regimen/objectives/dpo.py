@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from regimen.objectives.base import Batch, Objective
-from regimen.rollout import Rollout
+from regimen.policies.base import Policy
+from regimen.rollout import STEP_FIELDS, Rollout
 
 Variant = Literal["sigmoid", "hinge", "ipo", "robust"]
 
@@ -97,6 +99,42 @@ def rejected_rollout(rollout: Rollout) -> Rollout:
     return Rollout(rejected.data, rollout.task_names).replace(task=rollout.task, knobs=in_force)
 
 
+@torch.no_grad()
+def record_logprobs(pairs: TensorDict, policy: Policy, column: str = "reference", batch_size: int = 64) -> TensorDict:
+    """A data set of pairs with a policy's log-probabilities of both sides, `[N, T]` each, computed once.
+
+    With `DatasetTask("pairs", record_logprobs(pairs, reference))` and `DPOObjective(recorded="reference")`, the loss is
+    that with `reference` as a frozen member, which then need not be kept.
+
+    Args:
+        pairs: table `[N]` as a `DatasetTask` takes it, the rejected side in its nested table `rejected`.
+        policy: as it is now.
+        column: name of the column.
+        batch_size: pairs at a time.
+
+    Raises:
+        ValueError: the table is not one of pairs.
+    """
+    chosen, rejected = list[Tensor](), list[Tensor]()
+    for rows in pairs.split(batch_size):
+        side = _as_rollout(rows)
+        chosen.append(policy.distribution(side, side.loss_mask).logprob)
+        other = rejected_rollout(side)
+        rejected.append(policy.distribution(other, other.loss_mask).logprob)
+    nested = pairs["rejected"].copy()
+    columns = nested.get("columns", TensorDict({}, batch_size=pairs.batch_size)).copy()
+    nested.set("columns", columns.set(column, torch.cat(rejected)))
+    return pairs.copy().set(column, torch.cat(chosen)).set("rejected", nested)
+
+
+def _as_rollout(rows: TensorDict) -> Rollout:
+    fields = {name: value for name, value in rows.items() if name in STEP_FIELDS}
+    if "mask" not in fields:
+        raise ValueError(f"record_logprobs: the table of pairs has no 'mask [N, T]'; it has: {', '.join(rows.keys())}")
+    context, columns = rows.get("context", None), rows.exclude("context", *fields)
+    return Rollout.create(task="pairs", group=torch.arange(len(rows)), context=context, columns=columns, **fields)
+
+
 @dataclass(frozen=True)
 class DPOObjective(Objective):
     """Preference optimisation on pairs, for any policy with log-probabilities; see `dpo_loss`.
@@ -111,7 +149,7 @@ class DPOObjective(Objective):
         length_normalize: average log-ratios over steps instead of summing them. `"ipo"` is usually run so.
         reference: a frozen member of the cast; `None` for a reference that finds all answers equally likely.
         recorded: a side column `[P, T]` of chosen and of rejected samples with the reference's log-probabilities,
-            read in place of the member.
+            read in place of the member; see `record_logprobs`.
         member: the policy that is trained.
     """
 

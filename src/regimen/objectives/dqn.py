@@ -45,7 +45,7 @@ class DQNObjective(Objective):
         target = ahead.total + ahead.factor * self._value_after(batch, ahead)
         values = batch.member(self.policy).values(ahead.observations)
         taken = values.gather(1, ahead.actions.long()[:, None])
-        return regressed(batch, ahead, taken.T, target, self.distance, self.delta)
+        return regressed(batch, taken.T, target, self.distance, self.delta)
 
     @torch.no_grad()
     def _value_after(self, batch: Batch, ahead: LookAhead) -> Tensor:

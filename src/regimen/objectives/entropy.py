@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from regimen.functions.aggregate import Aggregate
@@ -27,6 +26,5 @@ class EntropyBonus(Objective):
 
     def loss(self, batch: Batch) -> Tensor:
         """Weighted sum of the entropy per step."""
-        entropy = batch.distribution(self.member).entropy()
-        weights = batch.weights(self.aggregate, self.horizon)
-        return torch.where(batch.rollout.loss_mask, entropy * weights, 0).sum()
+        entropy = batch.steps.of(batch.distribution(self.member).entropy())
+        return batch.aggregated(entropy, self.aggregate, self.horizon)

@@ -11,7 +11,7 @@ from torch import Tensor
 from regimen.functions.returns import n_step_last, n_step_return, on_last_step
 from regimen.knobs import Knob
 from regimen.objectives.base import Batch
-from regimen.rollout import Rollout
+from regimen.rollout import Rollout, Steps
 
 
 @dataclass(frozen=True)
@@ -19,34 +19,34 @@ class LookAhead:
     """The `R` steps that are learned from, and what came next.
 
     Attributes:
-        row, step: int64 `[R]`, where they are.
+        steps: where they are.
         total: `[R]`, the discounted sum of the next rewards; factor: `[R]`, what the value after them is multiplied by.
-        last: int64 `[R]`, the step of the last of these rewards.
+        last: int64 `[R]`, the step of the last of these rewards; `None` if it is the step itself.
         rollout: in which they are.
     """
 
-    row: Tensor
-    step: Tensor
+    steps: Steps
     total: Tensor
     factor: Tensor
-    last: Tensor
+    last: Tensor | None
     rollout: Rollout
 
     @property
     def observations(self) -> Any:
         """`[R, ...]`, what was observed in the steps."""
-        return self.rollout.observations[self.row, self.step]
+        return self.steps.of(self.rollout.observations)
 
     @property
     def actions(self) -> Tensor:
         """`[R, ...]`, what was done in them."""
-        actions: Tensor = self.rollout.actions[self.row, self.step]
+        actions: Tensor = self.steps.of(self.rollout.actions)
         return actions
 
     @property
     def next_observations(self) -> Any:
         """`[R, ...]`, what was observed after the last of the rewards."""
-        return self.rollout["next_observations"][self.row, self.last]
+        after = self.rollout["next_observations"]
+        return self.steps.of(after) if self.last is None else after[self.steps.row, self.last]
 
 
 def look_ahead(batch: Batch, owner: str, n: int = 1, discount: Knob | float | None = None) -> LookAhead:
@@ -64,15 +64,15 @@ def look_ahead(batch: Batch, owner: str, n: int = 1, discount: Knob | float | No
     reward = on_last_step(reward, rollout.mask) if reward.ndim == 1 else reward
     knob = next(iter(discount_knobs(discount)), None)
     factor, cut = discount_in_force(rollout, batch.knobs, owner, knob), rollout.get("cut")
-    row, step = rollout.loss_mask.nonzero(as_tuple=True)
+    steps = batch.steps
     if rollout.steps == n == 1:
-        return LookAhead(row, step, reward[row, step], factor[row, step], step, rollout)
+        return LookAhead(steps, steps.of(reward), steps.of(factor), None, rollout)
     total, onward = n_step_return(reward, factor, n, rollout.mask, cut=cut)
-    last = n_step_last(n, rollout.mask, cut)[row, step]
+    last = steps.of(n_step_last(n, rollout.mask, cut))
     if rollout.steps < n:
-        over = factor[row, last] == 0
-        _check_over(over if cut is None else over | cut[row, last], n, rollout, owner)
-    return LookAhead(row, step, total[row, step], onward[row, step], last, rollout)
+        over = factor[steps.row, last] == 0
+        _check_over(over if cut is None else over | cut[steps.row, last], n, rollout, owner)
+    return LookAhead(steps, steps.of(total), steps.of(onward), last, rollout)
 
 
 def discount_knobs(discount: Knob | float | None) -> tuple[Knob, ...]:
@@ -102,7 +102,7 @@ def discount_in_force(rollout: Rollout, knobs: Mapping[str, float], owner: str, 
                 "it to the task alone (discount=None here)"
             )
         return recorded * knobs[discount.name]
-    then: Tensor | None = rollout.knobs.get("discount", None)
+    then = rollout.knob("discount")
     if then is not None and "discount" in knobs and bool((then != knobs["discount"]).any()):
         raise ValueError(
             f"{owner}: samples of task {'/'.join(rollout.task_names)} were taken under other values of the knob "

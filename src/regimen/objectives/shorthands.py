@@ -1,4 +1,4 @@
-"""PPO's, GRPO's and SAC's objectives by name: each a sum of parts that may be written out, and continued, by hand."""
+"""PPO's, GRPO's, SAC's and IQL's objectives by name: sums of parts that may be written out, and continued, by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from regimen.knobs import Knob
 from regimen.objectives.base import Objective
 from regimen.objectives.clipped_surrogate import ClippedSurrogateObjective
 from regimen.objectives.entropy import EntropyBonus
+from regimen.objectives.implicit_value import AdvantageWeightedObjective, ImplicitValueObjective
 from regimen.objectives.reference_kl import ReferenceKL
 from regimen.objectives.soft_actor import EntropyWeight, SoftActorObjective, TemperatureObjective
 from regimen.objectives.td import TDObjective
@@ -86,3 +87,26 @@ def sac(
     if not isinstance(entropy_weight, str):
         return both
     return both + TemperatureObjective(entropy_weight, target_entropy=target_entropy)
+
+
+def iql(
+    *,
+    expectile: float = 0.9,
+    inverse_temperature: float = 3.0,
+    max_weight: float = 100.0,
+    discount: Knob | float | None = None,
+) -> Objective:
+    """IQL's objective, the losses of the value, the policy and the critic (Kostrikov et al. 2022, alg. 1).
+
+    No gradient of one flows into the others' weights, so one update may train all members (`value`, `policy`,
+    `critic`). For a stage that reads data, with `rules=[ReferenceRefresh("critic_target", of="critic", mode="ema",
+    decay=0.995)]`.
+
+    Args:
+        expectile: see `ImplicitValueObjective`.
+        inverse_temperature, max_weight: see `AdvantageWeightedObjective`.
+        discount: see `TDObjective`.
+    """
+    policy = AdvantageWeightedObjective(inverse_temperature, max_weight)
+    critic = TDObjective(target="value", policy=None, discount=discount)
+    return ImplicitValueObjective(expectile) + policy + critic

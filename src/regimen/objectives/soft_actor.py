@@ -42,13 +42,12 @@ class SoftActorObjective(Objective):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the steps that are learned from; metric `entropy`, minus the mean log-probability."""
-        row, step = batch.rollout.loss_mask.nonzero(as_tuple=True)
         actions, logprob = batch.proposal(self.policy)
         critic = batch.member(self.critic)
         with closed(critic):
-            value = critic(batch.rollout.observations[row, step], actions).amin(0)
-        cost = entropy_cost(batch, self.entropy_weight, logprob, row)
-        loss = ((cost - value) * batch.weights("token")[row, step]).sum()
+            value = critic(batch.steps.of(batch.rollout.observations), actions).amin(0)
+        cost = entropy_cost(batch, self.entropy_weight, logprob)
+        loss = batch.aggregated(cost - value, "token")
         return loss, {} if logprob is None else {"entropy": -mean_of(logprob.detach())}
 
 
@@ -72,7 +71,6 @@ class TemperatureObjective(Objective):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the steps that are learned from; metric `entropy_weight`."""
-        row, step = batch.rollout.loss_mask.nonzero(as_tuple=True)
         actions, logprob = batch.proposal(self.policy)
         if logprob is None:
             raise ValueError(
@@ -80,9 +78,8 @@ class TemperatureObjective(Objective):
                 "no entropy to keep; leave the objective out"
             )
         target = -float(actions[0].numel()) if self.target_entropy is None else self.target_entropy
-        log_weight = batch.member(self.member).log_of(batch.rollout)[row]
-        excess = logprob.detach() + target
-        loss = -(log_weight * excess * batch.weights("token")[row, step]).sum()
+        log_weight = batch.steps.of_rows(batch.member(self.member).log_of(batch.rollout))
+        loss = batch.aggregated(-log_weight * (logprob.detach() + target), "token")
         return loss, {"entropy_weight": mean_of(log_weight.detach().exp())}
 
 
@@ -93,8 +90,10 @@ def entropy_knobs(weight: EntropyWeight) -> tuple[Knob, ...]:
     return (weight if isinstance(weight, Knob) else Knob("entropy_weight", weight, 0.0),)
 
 
-def entropy_cost(batch: Batch, weight: EntropyWeight, logprob: Tensor | None, row: Tensor) -> Tensor | float:
-    """The weight in force times the log-probability, `[R]`; 0 without a weight. No gradient flows into the weight.
+def entropy_cost(batch: Batch, weight: EntropyWeight, logprob: Tensor | None) -> Tensor | float:
+    """The weight in force times the log-probability, `[R]`, of the steps that are learned from; 0 without a weight.
+
+    No gradient flows into the weight.
 
     Raises:
         ValueError: there is a weight and no log-probability.
@@ -107,7 +106,7 @@ def entropy_cost(batch: Batch, weight: EntropyWeight, logprob: Tensor | None, ro
             "entropy is weighted, and the policy proposes actions without log-probabilities; use entropy_weight=0"
         )
     if isinstance(weight, str):
-        return logprob * batch.member(weight)(batch.rollout)[row].detach()
+        return logprob * batch.steps.of_rows(batch.member(weight)(batch.rollout).detach())
     return logprob * batch.knobs[knobs[0].name]
 
 

@@ -83,7 +83,7 @@ class TDObjective(Objective):
         ahead = look_ahead(batch, type(self).__name__, self.n, self.discount)
         target = ahead.total + ahead.factor * self._value_after(batch, ahead)
         values: Tensor = batch.member(self.critic)(ahead.observations, ahead.actions)
-        return regressed(batch, ahead, values, target, self.distance, self.delta)
+        return regressed(batch, values, target, self.distance, self.delta)
 
     @torch.no_grad()
     def _value_after(self, batch: Batch, ahead: LookAhead) -> Tensor:
@@ -94,17 +94,16 @@ class TDObjective(Objective):
             return values.squeeze(1)
         actions, logprob = batch.member(self.policy).propose(after, batch.rng)
         least: Tensor = target(after, actions).amin(0)
-        return least - entropy_cost(batch, self.entropy_weight, logprob, ahead.row)
+        return least - entropy_cost(batch, self.entropy_weight, logprob)
 
 
 def regressed(
-    batch: Batch, ahead: LookAhead, values: Tensor, target: Tensor, distance: Distance, delta: float
+    batch: Batch, values: Tensor, target: Tensor, distance: Distance, delta: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean over steps of `td_loss`, and the metrics of an objective that draws values `[K, R]` to a target."""
-    weights = batch.weights("token")[ahead.row, ahead.step]
     found = values.detach()
     metrics = {"q_mean": mean_of(found), "td_error": mean_of((found - target).abs())}
-    return (td_loss(values, target, distance, delta) * weights).sum(), metrics
+    return batch.aggregated(td_loss(values, target, distance, delta), "token"), metrics
 
 
 @dataclass(frozen=True)

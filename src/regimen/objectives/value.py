@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regimen.functions.aggregate import Aggregate, masked_mean
+from regimen.functions.aggregate import Aggregate, mean_of
 from regimen.objectives.base import Batch, Objective
 
 
@@ -28,13 +28,13 @@ def value_loss(values: Tensor, target: Tensor, old_values: Tensor | None = None,
     if values.shape != target.shape or (old_values is not None and old_values.shape != values.shape):
         old = "" if old_values is None else f" and old values {list(old_values.shape)}"
         raise ValueError(f"value_loss: values {list(values.shape)}, target {list(target.shape)}{old} differ")
-    error = (values - target).square()
+    error = values - target
     if clip is None:
-        return error
+        return error.square()
     if clip <= 0 or old_values is None:
         raise ValueError(f"value_loss: clip={clip}; expected above 0, and with old_values")
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    return torch.maximum(error, (near - target).square())
+    near = old_values + (values - old_values).clamp(-clip, clip) - target
+    return torch.where(near.abs() > error.abs(), near, error).square()
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,12 @@ class ValueObjective(Objective):
         Metrics: `value_mean`; `explained_variance`, `1 - Var(target - V) / Var(target)` (1 is perfect, 0 is what a
         constant earns).
         """
-        mask, rollout = batch.rollout.loss_mask, batch.rollout
-        values = self._ask(batch)
-        target = torch.where(mask, rollout[self.target], 0)
-        old = None if self.clip is None else torch.where(mask, rollout[self.values], 0)
-        per_step = value_loss(torch.where(mask, values, 0), target, old, self.clip)
-        metrics = {
-            "value_mean": masked_mean(values.detach(), mask),
-            "explained_variance": _explained(values.detach(), target, mask),
-        }
-        return (per_step * batch.weights(self.aggregate, self.horizon)).sum(), metrics
+        steps, rollout = batch.steps, batch.rollout
+        values, target = steps.of(self._ask(batch)), steps.of(rollout[self.target])
+        old = None if self.clip is None else steps.of(rollout[self.values])
+        loss = batch.aggregated(value_loss(values, target, old, self.clip), self.aggregate, self.horizon)
+        found = values.detach()
+        return loss, {"value_mean": mean_of(found), "explained_variance": _explained(found, target)}
 
     def _ask(self, batch: Batch) -> Tensor:
         critic = batch.member(self.member)
@@ -94,8 +90,7 @@ class ValueObjective(Objective):
         return values
 
 
-def _explained(values: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)).square(), mask)
-
-    return 1 - variance(target - values) / variance(target).clamp(min=1e-8)
+def _explained(values: Tensor, target: Tensor) -> Tensor:
+    if not len(target):
+        return target.new_ones(())
+    return 1 - (target - values).var(correction=0) / target.var(correction=0).clamp(min=1e-8)

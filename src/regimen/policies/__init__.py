@@ -3,8 +3,16 @@
 from regimen.policies.action import Acted, ActionPolicy, ActionSteps, CategoricalHead, GaussianHead
 from regimen.policies.base import Policy, StepDistribution, logprob
 from regimen.policies.flow import Denoiser, FlowPolicy, GaussianSteps
+from regimen.policies.forecast import (
+    DestinationForecaster,
+    Destinations,
+    ForecastSteps,
+    NextPositionForecaster,
+    TrajectoryForecaster,
+)
 from regimen.policies.q_policy import QPolicy
-from regimen.policies.token import TokenPolicy, TokenSteps
+from regimen.policies.token import TokenPolicy
+from regimen.policies.token_steps import TokenSteps
 from regimen.policies.uniform import UniformPolicy
 from regimen.policies.vision import Processor, QwenVLImages
 
@@ -14,9 +22,13 @@ __all__ = [
     "ActionSteps",
     "CategoricalHead",
     "Denoiser",
+    "DestinationForecaster",
+    "Destinations",
     "FlowPolicy",
+    "ForecastSteps",
     "GaussianHead",
     "GaussianSteps",
+    "NextPositionForecaster",
     "Policy",
     "Processor",
     "QPolicy",
@@ -24,6 +36,7 @@ __all__ = [
     "StepDistribution",
     "TokenPolicy",
     "TokenSteps",
+    "TrajectoryForecaster",
     "UniformPolicy",
     "logprob",
 ]

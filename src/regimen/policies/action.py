@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regimen.knobs import Knob
 from regimen.models.torsos import Observations, orthogonal, torso_for
 from regimen.policies.distributions import ActionDistribution, Categorical, Gaussian, SquashedGaussian
-from regimen.rollout import Rollout
+from regimen.rollout import Rollout, Steps
 from regimen.storage import load_tree, save_tree
 
 
@@ -31,7 +31,8 @@ class CategoricalHead(nn.Module):
 
     def forward(self, features: Tensor, temperature: Tensor | float = 1.0) -> Categorical:
         """Logits divided by the temperature."""
-        return Categorical(self.logits(features) / temperature)
+        logits = self.logits(features)
+        return Categorical(logits if _is_one(temperature) else logits / temperature)
 
 
 class GaussianHead(nn.Module):
@@ -84,8 +85,14 @@ class GaussianHead(nn.Module):
         """The deviation is multiplied by the temperature."""
         mean = self.mean(features)
         log_std = self.log_std if self.scale is None else self.scale(features).clamp(-5, 2)
-        std = log_std.exp().expand_as(mean) * temperature
+        std = log_std.exp().expand_as(mean)
+        std = std if _is_one(temperature) else std * temperature
         return SquashedGaussian(mean, std, self.low, self.high) if self.squash else Gaussian(mean, std)
+
+
+def _is_one(temperature: Tensor | float) -> bool:
+    """Whether there is nothing to divide by, for sure."""
+    return not isinstance(temperature, Tensor) and temperature == 1
 
 
 @dataclass(frozen=True)
@@ -124,11 +131,11 @@ class ActionSteps:
     """The distribution over the action of every recorded step (a `StepDistribution`).
 
     Attributes:
-        where: bool `[B, T]`, the `R` steps that are described, in row order.
+        steps: the `R` steps that are described.
         actions: `[R, ...]`; features: `[R, D]`; described: the distribution at those steps.
     """
 
-    where: Tensor
+    steps: Steps
     actions: Tensor
     features: Tensor
     described: ActionDistribution
@@ -136,17 +143,16 @@ class ActionSteps:
     @cached_property
     def hidden(self) -> Tensor:
         """`[B, T, D]`, features, 0 at steps left out; for critics and other heads."""
-        wide = self.features.new_zeros(*self.where.shape, self.features.shape[-1])
-        return wide.masked_scatter(self.where[..., None], self.features)
+        return self.steps.spread(self.features)
 
     @cached_property
     def logprob(self) -> Tensor:
         """`[B, T]`."""
-        return self._spread(self.described.logprob(self.actions))
+        return self.steps.spread(self.described.logprob(self.actions))
 
     def entropy(self) -> Tensor:
         """`[B, T]`, in nats."""
-        return self._spread(self.described.entropy())
+        return self.steps.spread(self.described.entropy())
 
     def kl(self, other: ActionSteps, estimator: str = "exact") -> Tensor:
         """`[B, T]`, KL(self || other).
@@ -156,10 +162,7 @@ class ActionSteps:
         """
         if estimator != "exact":
             raise ValueError(f"KL estimator '{estimator}' is not known to an action policy; expected exact, k1, k2, k3")
-        return self._spread(self.described.kl(other.described))
-
-    def _spread(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.where.shape).masked_scatter(self.where, values)
+        return self.steps.spread(self.described.kl(other.described))
 
 
 class ActionPolicy(nn.Module):
@@ -265,13 +268,13 @@ class ActionPolicy(nn.Module):
             memory: what it returned at the step before; `None` before the first.
             begins: bool `[N]`, copies at the start of an episode, of which it forgets the rest.
             knobs: `temperature`; 0 takes the likeliest action, which has no log-probability.
-            rng: random stream.
+            rng: random stream, on the policy's device.
         """
-        features = self.torso(observations.to(self.device))
+        features = self.torso(observations.to(rng.device))
         if self.core is not None:
-            features = memory = self._remember(features, self._before(memory, features), begins.to(self.device))
+            features = memory = self._remember(features, self._before(memory, features), begins.to(rng.device))
         temperature = knobs["temperature"]
-        described = self._head()(features, temperature or 1.0)
+        described = self.head(features, temperature or 1.0)
         if temperature == 0:
             return Acted(described.mode().to(begins.device), None, memory)
         actions = described.sample(rng)
@@ -294,7 +297,7 @@ class ActionPolicy(nn.Module):
                 "ActionPolicy.propose: a policy with memory is not told what it remembered before an observation; "
                 "off-policy actor-critics need one without a core"
             )
-        proposed: tuple[Tensor, Tensor] = self._head()(self.torso(observations), 1.0).propose(rng)
+        proposed: tuple[Tensor, Tensor] = self.head(self.torso(observations), 1.0).propose(rng)
         return proposed
 
     def distribution(self, rollout: Rollout, where: Tensor | None = None) -> ActionSteps:
@@ -305,17 +308,22 @@ class ActionPolicy(nn.Module):
         """
         if rollout.observations is None:
             raise ValueError("ActionPolicy.distribution: the rollout holds no observations; collect with an EnvTask")
-        temperature = rollout.knobs["temperature"]
-        if bool((temperature <= 0).any()):
+        temperature = rollout.knob("temperature")
+        if temperature is None:
+            raise ValueError("ActionPolicy.distribution: the rollout was sampled without a knob 'temperature'")
+        usual = bool((temperature == 1).all())
+        if not usual and bool((temperature <= 0).any()):
             raise ValueError(
                 "ActionPolicy.distribution: the rollout was sampled with knob temperature = 0 (the likeliest action), "
                 "which has no log-probability; set temperature > 0 for training"
             )
-        where = rollout.mask if where is None else where
-        row, step = where.nonzero(as_tuple=True)
-        features = self.torso(rollout.observations[row, step]) if self.core is None else self._replayed(rollout)[where]
-        scale = 1.0 if bool((temperature == 1).all()) else temperature[row][:, None]
-        return ActionSteps(where, rollout.actions[row, step], features, self._head()(features, scale))
+        steps = Steps(rollout.mask if where is None else where)
+        if self.core is None:
+            features = self.torso(steps.of(rollout.observations))
+        else:
+            features = steps.of(self._replayed(rollout))
+        scale = 1.0 if usual else steps.of_rows(temperature)[:, None]
+        return ActionSteps(steps, steps.of(rollout.actions), features, self.head(features, scale))
 
     def _replayed(self, rollout: Rollout) -> Tensor:
         """`[B, T, H]`: the recurrent core over the samples, from what it remembered before them."""
@@ -340,9 +348,6 @@ class ActionPolicy(nn.Module):
         assert self.core is not None, "only asked where there is a core"
         remembered: Tensor = self.core(features, torch.where(begins[:, None], 0, memory))
         return remembered
-
-    def _head(self) -> Callable[[Tensor, Tensor | float], Any]:
-        return cast(Callable[[Tensor, Tensor | float], Any], self.head)
 
     def logprob(self, rollout: Rollout) -> Tensor:
         """Differentiable log-probability `[B, T]` of the recorded actions."""

@@ -49,7 +49,7 @@ class Sampling:
         """A token per row `[R]`, its log-probability `[R]`, and the size of the support `[R]` if it is truncated."""
         if self.temperature == 0:
             return logits.argmax(-1), logits.new_zeros(len(logits)), None
-        scaled = logits / self.temperature
+        scaled = logits if self.temperature == 1 else logits / self.temperature
         kept = support_size(scaled, self.top_k, self.top_p) if self.truncates else None
         tokens = sample_tokens(scaled, uniform, kept)
         return tokens, token_logprob(scaled, tokens, kept), kept
@@ -94,18 +94,19 @@ def decode(
         seeds: int64 `[B]`, of the rows' random streams.
         images: of the prompts, as the processor made them.
     """
-    state = _Decoder(network, prompts, rows, sampling, seeds, images)
-    for step in range(sampling.max_new_tokens):
-        state.draw(step)
-        if not state.end(stop, step):
-            break
-        if step + 1 < sampling.max_new_tokens:
-            state.advance(step)
+    with network.weights_fixed():
+        state = _Decoder(network, prompts, rows, sampling, seeds, images)
+        for step in range(sampling.max_new_tokens):
+            state.draw(step)
+            if not state.end(stop, step):
+                break
+            if step + 1 < sampling.max_new_tokens:
+                state.advance(step)
     return state.completions()
 
 
 class _Decoder:
-    """Rows at work: `alive` holds their place among all `B`."""
+    """Rows at work: `alive` holds their place among all `B`, `None` while it is all of them."""
 
     def __init__(
         self,
@@ -116,9 +117,10 @@ class _Decoder:
         seeds: Tensor,
         images: Mapping[str, Tensor] | None,
     ) -> None:
-        self.network, self.sampling, self.seeds = network, sampling, seeds
+        self.network, self.sampling = network, sampling
         device, batch, room = rows.device, len(rows), sampling.max_new_tokens
-        self.alive = torch.arange(batch, device=device)
+        self.uniform = row_uniform(seeds[:, None], torch.arange(room, device=device))
+        self.alive: Tensor | None = None
         self.working = torch.ones(batch, dtype=torch.bool, device=device)
         self.tokens = torch.zeros(batch, room, dtype=torch.int64, device=device)
         self.kept = torch.zeros(batch, room, dtype=torch.int64, device=device) if sampling.truncates else None
@@ -151,24 +153,35 @@ class _Decoder:
 
     def draw(self, step: int) -> None:
         """A token for every row at work."""
-        uniform = row_uniform(self.seeds[self.alive], step)
-        self.new, logprob, kept = self.sampling.choose(self.logits, uniform)
-        self.tokens[self.alive, step] = self.new
-        self.logprobs[self.alive, step] = logprob
+        self.new, logprob, kept = self.sampling.choose(self.logits, self._at_work(self.uniform[:, step]))
+        self._note(self.tokens, step, self.new)
+        self._note(self.logprobs, step, logprob)
         if self.kept is not None and kept is not None:
-            self.kept[self.alive, step] = kept
+            self._note(self.kept, step, kept)
+
+    def _at_work(self, values: Tensor) -> Tensor:
+        return values if self.alive is None else values[self.alive]
+
+    def _note(self, table: Tensor, step: int, values: Tensor) -> None:
+        if self.alive is None:
+            table[:, step] = values
+        else:
+            table[self.alive, step] = values
 
     def end(self, stop: Stop, step: int) -> bool:
         """Take note of the rows that end with this token; whether any goes on."""
-        done = stop(self.tokens[self.alive], step + 1) & self.working
-        ended = self.alive[done]
+        done = stop(self._at_work(self.tokens), step + 1) & self.working
+        if not bool(done.any()):
+            return True
+        ended = done.nonzero().squeeze(-1) if self.alive is None else self.alive[done]
         self.lengths[ended], self.ended[ended] = step + 1, True
         self.working &= ~done
         left = int(self.working.sum())
         if left and left < DROP_BELOW * len(self.working):
             rows = self.working.nonzero().squeeze(-1)
             self.cache.choose(rows)
-            self.alive, self.new, self.position = self.alive[rows], self.new[rows], self.position[rows]
+            self.alive = rows if self.alive is None else self.alive[rows]
+            self.new, self.position = self.new[rows], self.position[rows]
             self.real = None if self.real is None else self.real[rows]
             self.working = self.working[rows]
         return left > 0

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import nll_loss, softplus
 
 from regimen.functions.categorical import sample_tokens
 from regimen.functions.divergences import gaussian_kl
@@ -74,7 +74,7 @@ class Categorical:
 
     def logprob(self, actions: Tensor) -> Tensor:
         """`[R]`."""
-        return self.logp.gather(-1, actions.long()[:, None]).squeeze(-1)
+        return -nll_loss(self.logp, actions.long(), reduction="none")
 
     def entropy(self) -> Tensor:
         """`[R]`."""

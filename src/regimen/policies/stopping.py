@@ -49,7 +49,8 @@ class StopAt:
     def __call__(self, tokens: Tensor, length: int) -> Tensor:
         """Bool `[R]`, given the tokens so far, int64 `[R, capacity]`, of which `length` count."""
         newest = tokens[:, length - 1]
-        ended = torch.isin(newest, self.ends.to(tokens.device))
+        ends = self.ends.to(tokens.device)
+        ended = newest == ends if len(ends) == 1 else torch.isin(newest, ends)
         if self._may_end is None:
             return ended
         may_end = self._may_end.to(tokens.device)

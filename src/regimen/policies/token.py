@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,80 +11,19 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from regimen.functions.categorical import token_logprob
 from regimen.knobs import Knob
 from regimen.models.causal_lm import CausalLM
 from regimen.policies.decoding import Completions, Sampling, decode
+from regimen.policies.reading import states_before
 from regimen.policies.sequences import Sequences
 from regimen.policies.stopping import StopAt
+from regimen.policies.token_steps import TokenSteps
 from regimen.policies.vision import Processor, expand_placeholders
+from regimen.policies.without_adapters import WithoutAdapters
 from regimen.rollout import Rollout
-
-READ_AT_ONCE = 64
-"""Rows that are scored in one pass, sorted by length: in a larger batch, most of the work would go into padding."""
 
 # Stands for an answer while a chat template is read; templates pass private characters on.
 _ANSWER = "\ue000answer\ue001"
-
-
-@dataclass(frozen=True)
-class TokenSteps:
-    """The distribution over the next token at every recorded step (a `StepDistribution`).
-
-    Attributes:
-        where: bool `[B, T]`, the `R` steps that are described, in row order.
-        tokens: int64 `[R]`, what was taken.
-        hidden: `[B, T, D]`, the hidden state from which each step's token was predicted, for critics and other heads;
-            it may be 0 at steps that are not described.
-        temperature: `[R]`, under which it was sampled.
-        kept: int64 `[R]`, size of the support if the sampler was truncated.
-        network: gives logits.
-        heads: further heads by name, see `head`.
-    """
-
-    where: Tensor
-    tokens: Tensor
-    hidden: Tensor
-    temperature: Tensor
-    kept: Tensor | None
-    network: CausalLM
-    heads: Mapping[str, nn.Module]
-
-    def head(self, name: str) -> Tensor:
-        """What a further head of the policy makes of the hidden states, `[B, T, ...]`; `KeyError` if there is none."""
-        if name not in self.heads:
-            raise KeyError(f"the policy has no head '{name}'; it has: {', '.join(self.heads) or 'none'}")
-        found: Tensor = self.heads[name](self.hidden)
-        return found
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """`[R, V]`, after the temperature and before any truncation."""
-        return self.network.logits(self.hidden[self.where]) / self.temperature[:, None]
-
-    @cached_property
-    def logprob(self) -> Tensor:
-        """`[B, T]`, of the tokens taken, under the distribution that they were sampled from."""
-        return self._spread(token_logprob(self.logits, self.tokens, self.kept))
-
-    def entropy(self) -> Tensor:
-        """`[B, T]`, in nats, of the distribution before truncation."""
-        logp = self.logits.log_softmax(-1)
-        return self._spread(-(logp.exp() * logp).sum(-1))
-
-    def kl(self, other: TokenSteps, estimator: str = "exact") -> Tensor:
-        """`[B, T]`, KL(self || other) over the whole vocabulary, before truncation.
-
-        Raises:
-            ValueError: an estimator other than `"exact"`.
-        """
-        if estimator != "exact":
-            raise ValueError(f"KL estimator '{estimator}' is not known to a token policy; expected exact, k1, k2 or k3")
-        mine, theirs = self.logits.log_softmax(-1), other.logits.log_softmax(-1)
-        return self._spread((mine.exp() * (mine - theirs)).sum(-1))
-
-    def _spread(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.where.shape).masked_scatter(self.where, values)
 
 
 class TokenPolicy(nn.Module):
@@ -305,37 +242,11 @@ class TokenPolicy(nn.Module):
         if temperature is None:
             temperature = torch.ones(len(rollout), device=where.device)
         kept = None if (sizes := rollout.get("kept")) is None else sizes[where]
-        return TokenSteps(
-            where, rollout.actions[where], self._hidden(rollout, where), temperature[where.nonzero()[:, 0]], kept,
-            self.network, dict(self.heads),
-        )  # fmt: skip
-
-    def _hidden(self, rollout: Rollout, where: Tensor) -> Tensor:
-        """`[B, T, D]`: the state before each token, up to the last step `where` it is asked for."""
         images = None if self.processor is None else self.processor(rollout.context)
-        # The tokens that must be read: those before a row's last step.
-        before = (where * torch.arange(rollout.steps, device=where.device)).amax(1)
-        if len(rollout) <= READ_AT_ONCE:
-            return self._read(rollout, images, slice(None), int(before.max()))
-        order = before.argsort()
-        parts = [self._read(rollout, images, rows, int(before[rows].max())) for rows in order.split(READ_AT_ONCE)]
-        return torch.cat(parts).index_select(0, order.argsort())
-
-    def _read(self, rollout: Rollout, images: Mapping[str, Tensor] | None, rows: Tensor | slice, length: int) -> Tensor:
-        """`[R, T, D]`: the state before each token of some rows, after reading their first `length` tokens."""
-        ids = rollout.actions[rows, :length]
-        if length == 0:
-            return torch.zeros(*rollout.actions[rows].shape, self.network.config.hidden_size, device=ids.device)
-        images = None if images is None else {name: value[rows] for name, value in images.items()}
-        visible, positions = rollout.get("visible"), rollout.get("positions")
-        if visible is not None:
-            visible = visible[rows, :length, :length].tril()
-        if positions is not None:
-            positions = positions[rows, :length]
-        elif images:
-            positions = self.network.positions(rollout.mask[rows, :length], ids, images)
-        hidden = self.network.hidden(ids, visible=visible, positions=positions, images=images)
-        return nn.functional.pad(hidden, (0, 0, 1, rollout.steps - 1 - length))
+        return TokenSteps(
+            where, rollout.actions[where], states_before(self.network, rollout, where, images),
+            temperature[where.nonzero()[:, 0]], kept, self.network.logits, dict(self.heads),
+        )  # fmt: skip
 
     def logprob(self, rollout: Rollout) -> Tensor:
         """Differentiable log-probability `[B, T]` of the policy's own tokens."""
@@ -412,45 +323,6 @@ def _distinct(starts: Sequence[Tensor], images: Mapping[str, Tensor] | None) -> 
             first.append(row)
         rows.append(place[key])
     return first, torch.tensor(rows)
-
-
-class WithoutAdapters(nn.Module):
-    """The base weights of a policy with adapters, as a frozen policy: the same network with its adapters off."""
-
-    def __init__(self, policy: TokenPolicy) -> None:
-        super().__init__()
-        # A list keeps the policy out of this module's own parameters.
-        self._policy = [policy]
-        self.version = policy.version
-
-    @property
-    def knobs(self) -> tuple[Knob, ...]:
-        """Those of the policy."""
-        return self._policy[0].knobs
-
-    def sample(self, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
-        """One answer per context."""
-        policy = self._policy[0]
-        with policy.network.adapters_disabled():
-            return policy.sample(contexts, knobs, rng)
-
-    @torch.no_grad()
-    def distribution(self, rollout: Rollout, where: Tensor | None = None) -> TokenSteps:
-        """See `TokenPolicy.distribution`; without gradient."""
-        policy = self._policy[0]
-        with policy.network.adapters_disabled():
-            steps = policy.distribution(rollout, where)
-            # Now, not when they are asked for: the output layer may have adapters.
-            _ = steps.logits
-            return steps
-
-    def logprob(self, rollout: Rollout) -> Tensor:
-        """Log-probability `[B, T]` of the policy's own tokens."""
-        return self.distribution(rollout).logprob
-
-    def reference(self) -> Self:
-        """Itself."""
-        return self
 
 
 def _further_ends(model: Any, end: int) -> list[int]:

@@ -22,9 +22,11 @@ from regimen.rewards.environment import EnvironmentReward
 from regimen.rewards.images import ClassifierReward, EditReward
 from regimen.rewards.isolated import IsolatedReward
 from regimen.rewards.judge import JudgeReport, judge
+from regimen.rewards.model import ModelReward
 from regimen.rewards.normalized import NormalizedReward
 from regimen.rewards.programs import ProgramReward
 from regimen.rewards.sandbox import Limits, Outcome, run_limited, run_python
+from regimen.rewards.variational import VariationalReward, WinProbabilityReward, win_probability
 
 __all__ = [
     "FAILED",
@@ -43,6 +45,7 @@ __all__ = [
     "JudgeReport",
     "Judgement",
     "Limits",
+    "ModelReward",
     "NormalizedReward",
     "NovelDBonus",
     "Outcome",
@@ -51,6 +54,8 @@ __all__ = [
     "Reward",
     "Scene",
     "Score",
+    "VariationalReward",
+    "WinProbabilityReward",
     "at_last_step",
     "elliptical_step",
     "judge",
@@ -59,4 +64,5 @@ __all__ = [
     "run_limited",
     "run_python",
     "value_variance",
+    "win_probability",
 ]

@@ -130,6 +130,8 @@ class Reward(Expression):
     def _without_nan(self, score: Score, rollout: Rollout) -> Score:
         """A sample with a value that is not finite has failed."""
         value = score.value
+        if all_finite(value):
+            return score
         bad = ~(value if value.ndim == 1 else value.sum(1)).isfinite() & (score.status == SCORED)
         if not bool(bad.any()):
             return score
@@ -138,6 +140,12 @@ class Reward(Expression):
         task = rollout.task_names[int(rollout.task[first])]
         why = f"reward '{self.name}' returned {shown} for sample {first} (task {task})"
         return Score(value, torch.where(bad, FAILED, score.status).to(torch.uint8), (*score.errors, why))
+
+
+def all_finite(value: Tensor) -> bool:
+    """True only if every sample's sum is finite, `value [B]` or `[B, T]`; it may say False of large finite numbers."""
+    value = value.detach()
+    return math.isfinite(float((value if value.ndim == 1 else value.sum(1)).sum()))
 
 
 class FunctionReward(Reward):

@@ -155,12 +155,12 @@ class Expression(ABC):
     def __neg__(self) -> SumReward:
         return SumReward([(weight.times(-1), term) for weight, term in _terms(self)])
 
-    def __mul__(self, other: float | Knob | Expression) -> Expression:
+    def __mul__(self, other: float | Knob | Weight | Expression) -> Expression:
         if isinstance(other, Expression):
             return ProductReward(self, other)
-        if not isinstance(other, float | int | Knob):
+        if not isinstance(other, float | int | Knob | Weight):
             return NotImplemented
-        if isinstance(self, SumReward) and not isinstance(other, Knob):
+        if isinstance(self, SumReward) and not isinstance(other, Knob | Weight):
             return SumReward([(weight.times(other), term) for weight, term in self.terms])
         return SumReward([(Weight.of(other, self.term_name), self)])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regimen.rewards.base import FAILED, NOT_APPLICABLE, SCORED, Expression, Scene, Score
+from regimen.rewards.base import FAILED, NOT_APPLICABLE, SCORED, Expression, Scene, Score, all_finite
 from regimen.rollout import Rollout
 
 
@@ -38,19 +40,21 @@ def judge(reward: Expression, rollout: Rollout, scene: Scene) -> tuple[Rollout, 
     rewards = {name: _raw(score) for name, score in answer.components.items()}
     status = {name: score.status for name, score in answer.components.items()}
     errors = tuple(dict.fromkeys(error for score in answer.components.values() for error in score.errors))
-    judged = rollout.replace(rewards=rewards, status=status)
+    trained: dict[str, Any] = {}
     failed = 0
     if answer.total is not None:
         total = _finite(answer.total, rollout)
-        value = torch.where(total.scored, total.value, 0)
-        scored = total.status == SCORED
-        judged = judged.replace(reward=value, loss_mask=rollout.loss_mask & scored[:, None])
+        scored = (total.status == SCORED)[:, None]
+        trained = {"reward": torch.where(total.scored, total.value, 0), "loss_mask": rollout.loss_mask & scored}
         failed, errors = int((total.status == FAILED).sum()), (*errors, *total.errors)
-    return judged, JudgeReport(_counts(judged), failed, errors[:5])
+    judged = rollout.replace(rewards=rewards, status=status, **trained)
+    return judged, JudgeReport(_counts(rollout, status), failed, errors[:5])
 
 
 def _finite(total: Score, rollout: Rollout) -> Score:
     """The total with the samples failed whose components are finite and together are not."""
+    if all_finite(total.value):
+        return Score(total.value, total.status)
     value = total.value if total.value.ndim == 1 else torch.where(rollout.mask, total.value, 0).sum(1)
     bad = ~value.isfinite() & (total.status == SCORED)
     if not bool(bad.any()):
@@ -64,11 +68,10 @@ def _raw(score: Score) -> Tensor:
     return torch.where(score.scored, score.value, torch.nan)
 
 
-def _counts(rollout: Rollout) -> dict[tuple[str, str], tuple[int, int, int]]:
-    counts = {}
-    tasks = len(rollout.task_names)
-    for component, status in rollout.status.items():
-        table = torch.bincount(rollout.task * 3 + status.long(), minlength=3 * tasks).view(tasks, 3).tolist()
+def _counts(rollout: Rollout, outcomes: Mapping[str, Tensor]) -> dict[tuple[str, str], tuple[int, int, int]]:
+    counts, tasks = {}, len(rollout.task_names)
+    for component, status in outcomes.items():
+        table = torch.bincount(3 * rollout.task + status, minlength=3 * tasks).view(tasks, 3).tolist()
         for task, row in zip(rollout.task_names, table, strict=True):
             counts[task, component] = (row[SCORED], row[NOT_APPLICABLE], row[FAILED])
     return counts

@@ -14,6 +14,7 @@ from regimen.tasks.base import Evaluation
 from regimen.tasks.rows import Order, RowReader, check_finite
 
 Transform = Callable[[TensorDict, torch.Generator], TensorDict]
+Measure = Callable[[Mapping[str, Any], TensorDict], Mapping[str, float]]
 
 
 class DatasetTask:
@@ -28,7 +29,13 @@ class DatasetTask:
     group_size = 1
 
     def __init__(
-        self, name: str, rows: TensorDict, *, transform: Transform | None = None, order: Order = "shuffle"
+        self,
+        name: str,
+        rows: TensorDict,
+        *,
+        transform: Transform | None = None,
+        order: Order = "shuffle",
+        evaluate: Measure | None = None,
     ) -> None:
         """Make a task of a data set.
 
@@ -37,12 +44,13 @@ class DatasetTask:
             rows: table `[N]` with a nested table `context`, fields of steps, and any number of columns.
             transform: applied to the drawn rows at every draw (augmentation, relabelling).
             order: how rows are drawn, see `RowReader`.
+            evaluate: the cast and all rows to metrics, for rows that were held out.
 
         Raises:
             ValueError: there are no rows, or a floating-point column holds NaN or infinity.
         """
         check_finite(rows, f"task '{name}'")
-        self.name, self.rows, self.transform = name, rows, transform
+        self.name, self.rows, self.transform, self.measure = name, rows, transform, evaluate
         self._reader = RowReader(len(rows), order, name)
 
     @property
@@ -68,8 +76,8 @@ class DatasetTask:
         )
 
     def evaluate(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator) -> Evaluation:
-        """A data set has no measure of its own."""
-        return Evaluation({})
+        """What its measure finds; a data set has none of its own."""
+        return Evaluation(dict(self.measure(cast, self.rows)) if self.measure is not None else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Rows still to come in this epoch."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.error import DependencyNotInstalled
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -213,3 +214,22 @@ def test_no_copies_are_refused() -> None:
     with pytest.raises(ValueError, match="no environment to make"):
         GymnasiumVector([])
     assert isinstance(Gymnasium("CartPole-v1")(1), VectorEnv)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1"])
+def test_copies_do_what_gymnasiums_own_vector_environment_does(name: str) -> None:
+    """Step by step, bit for bit, with a new start in some copies and not in others."""
+    mine, theirs = (
+        GymnasiumVector([partial(gymnasium.make, name)] * 3),
+        GymnasiumVector([partial(gymnasium.make, name)] * 3),
+    )
+    theirs._env = SyncVectorEnv([partial(gymnasium.make, name)] * 3, autoreset_mode=AutoresetMode.DISABLED)
+    rows = torch.ones(3, dtype=torch.bool)
+    streams = [torch.Generator().manual_seed(2) for _ in range(2)]
+    changes = [walk(env, 60, rng, rows)[0] for env, rng in zip((mine, theirs), streams, strict=True)]
+    assert_same(*changes)
+
+
+def test_copies_of_different_spaces_are_refused() -> None:
+    with pytest.raises(ValueError, match="the copies of an environment have different spaces: .*Discrete"):
+        GymnasiumVector([partial(gymnasium.make, name) for name in ("CartPole-v1", "Pendulum-v1")])

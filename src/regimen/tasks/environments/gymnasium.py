@@ -1,24 +1,23 @@
-"""Environments of gymnasium, through its own vector API."""
+"""Environments of gymnasium, many copies at once."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium.error import DependencyNotInstalled
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from tensordict import TensorDict
 from torch import Tensor
 
 from regimen.knobs import Knob
 from regimen.tasks.environments.base import Change, Observations
-
-Env: TypeAlias = gymnasium.Env[Any, Any]
+from regimen.tasks.environments.copies import Copies, Env
 
 # Names that a package other than gymnasium registers when it is imported, and the extra that brings it.
 _PACKAGES = {"ALE/": ("ale_py", "atari"), "MiniGrid-": ("minigrid", "minigrid"), "BabyAI-": ("minigrid", "minigrid")}
@@ -107,9 +106,12 @@ class GymnasiumVector:
         """
         if not make:
             raise ValueError("GymnasiumVector was given no environment to make; expected at least one function")
-        kind: Any = AsyncVectorEnv if processes else SyncVectorEnv
-        # Observations are copied into tensors here, so the vector environment need not copy them first.
-        self._env = kind(list(make), copy=False, autoreset_mode=AutoresetMode.DISABLED)
+        self._env: Any
+        if processes:
+            # Observations are copied into tensors here, so the vector environment need not copy them first.
+            self._env = AsyncVectorEnv(list(make), copy=False, autoreset_mode=AutoresetMode.DISABLED)
+        else:
+            self._env = Copies(make, tells)
         self.count, self.knobs, self.device = len(make), tuple(reads), torch.device("cpu")
         self.observation_space, self.action_space = self._env.single_observation_space, self._env.single_action_space
         self._tells = tuple(tells)
@@ -144,8 +146,8 @@ class GymnasiumVector:
         return Change(
             _tensors(observations, self.count),
             torch.from_numpy(np.asarray(reward, dtype=np.float32)),
-            torch.from_numpy(np.array(terminated)),
-            torch.from_numpy(np.array(truncated)),
+            torch.from_numpy(np.array(terminated, dtype=bool)),
+            torch.from_numpy(np.array(truncated, dtype=bool)),
             {name: self._told(info, name) for name in self._tells},
         )
 
@@ -173,7 +175,7 @@ class GymnasiumVector:
                     self._start(np.arange(self.count) == row, self._starts[row][1])
             if left:
                 _, _, terminated, truncated, _ = self._env.step(self._actions[-left])
-                over = terminated | truncated
+                over = np.array(terminated, dtype=bool) | np.array(truncated, dtype=bool)
 
     def close(self) -> None:
         """Close the copies, and end their processes."""
