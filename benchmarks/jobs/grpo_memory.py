@@ -57,7 +57,6 @@ JOBS = [
         "TRL GRPOTrainer",
         0.7,
         "at most",
-        bound="What the layers keep for the backward pass: inputs and gate pairs. Gradient checkpointing is off on both "
-        "sides.",
+        bound="What layers keep for the backward pass: inputs, gate pairs. No gradient checkpointing on either side.",
     )
 ]

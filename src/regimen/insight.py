@@ -83,7 +83,7 @@ class StageInsight:
         try:
             with torch.no_grad():
                 for parameter, part in zip(parameters, parts, strict=True):
-                    parameter += part.view_as(parameter).to(parameter)
+                    parameter.add_(part.view_as(parameter).to(parameter))
             yield
         finally:
             with torch.no_grad():
@@ -102,7 +102,7 @@ class StageInsight:
 
     def _batches(self, rollout: Rollout) -> Iterator[Batch]:
         """A minibatch, in parts that fit the memory; their losses add up to its own."""
-        size = self.update.micro_batch or len(rollout)
+        size = self.update.micro_batch or max(len(rollout), 1)
         for start in range(0, len(rollout), size):
             rows = slice(start, start + size)
             part = rollout if size >= len(rollout) else rollout[rows]

@@ -101,7 +101,7 @@ class Reads(Rising):
     [
         (MovesNothing(), "moves is (), expected the names of the knobs that it moves, such as ('kl_weight',)"),
         (MovesText(), "moves is 'kl_weight', expected the names"),
-        (Whenever(), "moment is 'sometimes', expected one of before_collect, after_judge, after_learn"),
+        (Whenever(), "moment is 'sometimes', expected one of before_collect, after_judge, before_learn, after_learn"),
         (Unstorable(), "state_dict() cannot be stored (state at '/value' is a set"),
         (Forgets(), "after load_state_dict its next values are {'kl_weight': 0.2}, without the interruption"),
         (CannotLoad(), "load_state_dict(state_dict()) raised KeyError: level"),

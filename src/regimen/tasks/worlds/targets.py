@@ -1,7 +1,7 @@
 """Target-making by a small decoder: four kinds of questions that share none, and demonstrations that are partly wrong.
 
-A prompt is `"4 7 3 -> 1 4"`, its answer a postfix expression, `"4 7 + 3 +"`. Targets are written digit by digit, so
-that a target that was never asked for has no unknown words.
+A prompt is `"4 7 3 9 -> 1 7"`, its answer a postfix expression, `"4 7 + 3 - 9 +"`. Targets are written digit by digit,
+so that a target that was never asked for has no unknown words.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from regimen.tasks.text import TextEvaluator, TextPromptTask
 
 Split = Literal["train", "demonstrations", "validation", "test"]
 Rows = list[dict[str, Any]]
-DRAWN = 12_000
 # Shares of the different questions, from which to which.
 _SPLITS: dict[Split, tuple[float, float]] = {
     "test": (0.0, 0.2),
@@ -50,20 +49,22 @@ class TargetsWorld:
         dim, layers: of the decoder.
         max_new_tokens: longest answer.
         held_out: questions for evaluation, of each kind.
+        drawn: questions that the splits are made of, equal ones included.
     """
 
     seed: int
-    numbers: int = 3
+    numbers: int = 4
     largest: int = 9
-    target: tuple[int, int] = (5, 18)
-    unseen: tuple[int, int] = (19, 22)
+    target: tuple[int, int] = (10, 24)
+    unseen: tuple[int, int] = (25, 30)
     operations: str = "+-"
-    demonstrated: int = 400
+    demonstrated: int = 2000
     corrupted: float = 0.25
     dim: int = 64
     layers: int = 2
-    max_new_tokens: int = 8
+    max_new_tokens: int = 10
     held_out: int = 200
+    drawn: int = 12_000
 
     verifier = staticmethod(reaches_target)
     read_answer = None
@@ -82,7 +83,7 @@ class TargetsWorld:
         Raises:
             ValueError: a split has fewer rows than are asked for.
         """
-        rows = self._rows(self.target)
+        rows = self._rows(self.target, self.drawn)
         kinds = sorted({same_question(row) for row in rows})
         Random(self.seed).shuffle(kinds)
         split_of: dict[tuple[str, ...], Split] = {}
@@ -103,7 +104,7 @@ class TargetsWorld:
     def _unseen(self) -> Rows:
         return self._rows(self.unseen, self.held_out)
 
-    def _rows(self, target: tuple[int, int], drawn: int = DRAWN) -> Rows:
+    def _rows(self, target: tuple[int, int], drawn: int) -> Rows:
         """Different texts of questions, each with a solution, in an order that the seed decides."""
         rows = target_making(
             drawn, self.seed, numbers=self.numbers, largest=self.largest, target=target,
@@ -139,7 +140,7 @@ class TargetsWorld:
 
 
 def prompt(row: Mapping[str, Any], knobs: Mapping[str, float]) -> str:
-    """The question, its target digit by digit: `"4 7 3 -> 1 4"`."""
+    """The question, its target digit by digit: `"4 7 3 9 -> 1 7"`."""
     given, _, target = str(row["question"]).partition("-> ")
     return f"{given}-> {' '.join(target)}"
 
