@@ -117,7 +117,7 @@ class Row:
         """Median and best of a side's figures; nothing if it was not measured."""
         figures = [m.figure for m in getattr(self, side)]
         best = max if self.wanted == "at least" else min
-        return f"{statistics.median(figures):,.4g} ({best(figures):,.4g})" if figures else ""
+        return f"{shown(statistics.median(figures))} ({shown(best(figures))})" if figures else ""
 
     @property
     def verdict(self) -> str:
@@ -135,6 +135,11 @@ class Row:
     def reached(self) -> bool:
         """Whether the target is."""
         return self.ratio >= self.target if self.wanted == "at least" else self.ratio <= self.target
+
+
+def shown(figure: float) -> str:
+    """A figure with as many digits as it deserves."""
+    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.3g}"
 
 
 def find(name: str) -> Job:

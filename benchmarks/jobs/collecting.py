@@ -76,7 +76,9 @@ def job(name: str, make: Callable[[int], Any], cast: Callable[[], Cast], size: i
     )  # fmt: skip
 
 
+BOUND = "Two cores: 2 at best. The rest is the way of the weights there and of the rollout back."
+
 JOBS = [
-    job("collecting-control", cheetah, control, 8, "two cores: 2 at best; the rest is the way of the rollout back"),
-    job("collecting-language", prompts, language, 240, "two cores: 2 at best; the rest is the way of the rollout back"),
+    job("collecting-control", cheetah, control, 8, BOUND),
+    job("collecting-language", prompts, language, 240, BOUND),
 ]
