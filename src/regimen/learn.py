@@ -55,7 +55,7 @@ class Learner:
                 first = float(metrics["ratio_deviation"])
             norm = self._norm()
             if math.isfinite(float(norm)) and math.isfinite(float(metrics["loss"])):
-                self._clip(float(norm))
+                self._clip(norm)
                 self._optimizer.step()
                 # A fused step does not count as a change in place, by which others tell that weights are new.
                 torch.autograd.graph.increment_version(self._parameters)
@@ -108,12 +108,11 @@ class Learner:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def _clip(self, norm: float) -> None:
+    def _clip(self, norm: Tensor) -> None:
         """Scale the gradients down to the limit of their norm, if it is above."""
         limit = self.update.max_grad_norm
-        if limit is not None and norm > limit:
-            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        if limit is not None and float(norm) > limit:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
 
     def _set_learning_rate(self, knobs: Mapping[str, float]) -> None:
         if not isinstance(self.update.learning_rate, float | int):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -91,3 +92,24 @@ def test_the_results_page_has_the_tables_that_the_command_line_prints() -> None:
 def test_an_unknown_paper_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(papers.UnknownPaper, match="there is no paper 'unipic'; did you mean 'unipic2'"):
         papers.facts("unipic")
+
+
+class Watched:
+    """Settings that take note of what is read."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings, self.read = settings, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.read.add(name)
+        return getattr(self.settings, name)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_a_kept_start_reads_none_of_the_settings_that_it_is_said_to_ignore(slug: str) -> None:
+    paper = papers.load(slug)
+    for arm in paper.arms:
+        if arm.cached:
+            watched = Watched(paper.scales["quick"])
+            arm.build(0, watched)
+            assert not watched.read & set(arm.ignores), arm.name

@@ -287,30 +287,6 @@ def test_claims_are_paired_differences() -> None:
     assert [claim.name for claim in PAPER.claims if claim.judged] == ["more_accurate", "as_long"]
 
 
-# Kept starts
-
-
-class Watched:
-    """Settings that take note of what is read."""
-
-    def __init__(self, settings: Any) -> None:
-        self.settings, self.read = settings, set[str]()
-
-    def __getattr__(self, name: str) -> Any:
-        self.read.add(name)
-        return getattr(self.settings, name)
-
-
-@pytest.mark.parametrize("slug", papers.available())
-def test_a_kept_start_reads_none_of_the_settings_that_it_is_said_to_ignore(slug: str) -> None:
-    paper = papers.load(slug)
-    for arm in paper.arms:
-        if arm.cached:
-            watched = Watched(paper.scales["quick"])
-            arm.build(0, watched)
-            assert not watched.read & set(arm.ignores), arm.name
-
-
 # GSM8K and a real model
 
 

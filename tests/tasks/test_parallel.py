@@ -185,6 +185,10 @@ def test_what_kills_twice_raises_or_hangs_is_told(tmp_path: Path) -> None:
     (tmp_path / "0").write_text("raise")
     with pytest.raises(RuntimeError, match="task 'ask': worker 0 raised KeyError: 'colour'"):
         drawn(task, cast)
+    # Nothing of the failed call is left over: the next samples are those of a task that never failed.
+    fresh = ParallelTask(partial(Deadly, str(tmp_path)))
+    same(drawn(task, cast, 1, 4), drawn(fresh, cast, 1, 4))
+    fresh.close()
     task.close()
     (tmp_path / "1").write_text("always")
     with (

@@ -64,5 +64,5 @@ def _claim_lines(slug: str, entry: Mapping[str, Any]) -> list[str]:
 def _spent_lines(slug: str, entry: Mapping[str, Any]) -> list[str]:
     return [
         f"| `{slug}` | {arm} | " + " | ".join(f"{spent[what]:,.0f}" for what in _SPENT) + " |"
-        for arm, spent in entry.get("spent", {}).items()
+        for arm, spent in entry["spent"].items()
     ]

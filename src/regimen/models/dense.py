@@ -48,18 +48,18 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         rows, weight = ctx.saved_tensors
         # A gradient of the gradient is asked for where gradients are recorded here; torch knows that of its own.
-        times = linear if torch.is_grad_enabled() else _by_onednn
+        multiply = linear if torch.is_grad_enabled() else _by_onednn
         to_rows, to_weight, to_bias = ctx.needs_input_grad
         turned = weight.stride(0) == 1  # Their gradient lies in memory as the weights do, and is not copied.
         return (
-            times(gradient, weight.t()) if to_rows else None,
-            _slope(times, gradient, rows, turned) if to_weight else None,
+            multiply(gradient, weight.t()) if to_rows else None,
+            _slope(multiply, gradient, rows, turned) if to_weight else None,
             gradient.sum(0) if to_bias else None,
         )
 
 
-def _slope(times: Any, gradient: Tensor, rows: Tensor, turned: bool) -> Tensor:
-    found: Tensor = times(rows.t(), gradient.t()).t() if turned else times(gradient.t(), rows.t())
+def _slope(multiply: Any, gradient: Tensor, rows: Tensor, turned: bool) -> Tensor:
+    found: Tensor = multiply(rows.t(), gradient.t()).t() if turned else multiply(gradient.t(), rows.t())
     return found
 
 

@@ -20,7 +20,7 @@ from regimen.policies.stopping import StopAt
 from regimen.policies.token_steps import TokenSteps
 from regimen.policies.vision import Processor, expand_placeholders
 from regimen.policies.without_adapters import WithoutAdapters
-from regimen.rollout import Rollout
+from regimen.rollout import Rollout, Steps
 
 # Stands for an answer while a chat template is read; templates pass private characters on.
 _ANSWER = "\ue000answer\ue001"
@@ -241,11 +241,12 @@ class TokenPolicy(nn.Module):
         temperature = None if rollout.logprobs is None else rollout.knobs.get("temperature", None)
         if temperature is None:
             temperature = torch.ones(len(rollout), device=where.device)
-        kept = None if (sizes := rollout.get("kept")) is None else sizes[where]
+        steps = Steps(where)
+        kept = None if (sizes := rollout.get("kept")) is None else steps.of(sizes)
         images = None if self.processor is None else self.processor(rollout.context)
         return TokenSteps(
-            where, rollout.actions[where], states_before(self.network, rollout, where, images),
-            temperature[where.nonzero()[:, 0]], kept, self.network.logits, dict(self.heads),
+            steps, steps.of(rollout.actions), states_before(self.network, rollout, where, images),
+            steps.of_rows(temperature), kept, self.network.logits, dict(self.heads),
         )  # fmt: skip
 
     def logprob(self, rollout: Rollout) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regimen.functions.categorical import categorical_entropy, categorical_kl, in_blocks, token_logprob
+from regimen.rollout import Steps
 
 LOGITS_AT_ONCE = {"cpu": 2**20, "other": 2**27}
 """How many logits are in memory at a time, by the kind of device: more are computed block by block, and again for the
@@ -21,7 +22,7 @@ class TokenSteps:
     """The distribution over the next token at every recorded step (a `StepDistribution`).
 
     Attributes:
-        where: bool `[B, T]`, the `R` steps that are described, in row order.
+        steps: the `R` steps that are described.
         tokens: int64 `[R]`, what was taken.
         states: `[R, D]`, the hidden states from which they were predicted.
         temperature: `[R]`, under which it was sampled.
@@ -30,7 +31,7 @@ class TokenSteps:
         heads: further heads by name, see `head`.
     """
 
-    where: Tensor
+    steps: Steps
     tokens: Tensor
     states: Tensor
     temperature: Tensor
@@ -41,8 +42,7 @@ class TokenSteps:
     @cached_property
     def hidden(self) -> Tensor:
         """`[B, T, D]`, the state before each step, for critics and other heads; 0 at steps that are not described."""
-        grid = self.states.new_zeros(*self.where.shape, self.states.shape[-1])
-        return grid.masked_scatter(self.where[..., None], self.states)
+        return self.steps.spread(self.states)
 
     def head(self, name: str) -> Tensor:
         """What a further head of the policy makes of the hidden states, `[B, T, ...]`; `KeyError` if there is none."""
@@ -51,7 +51,7 @@ class TokenSteps:
         found: Tensor = self.heads[name](self.hidden)
         return found
 
-    @property
+    @cached_property
     def logits(self) -> Tensor:
         """`[R, V]`, after the temperature and before any truncation, all in memory."""
         return self._logits(self.states, self.temperature)
@@ -62,19 +62,11 @@ class TokenSteps:
     @cached_property
     def logprob(self) -> Tensor:
         """`[B, T]`, of the tokens taken, under the distribution that they were sampled from."""
-
-        def of(states: Tensor, temperature: Tensor, tokens: Tensor, kept: Tensor | None) -> Tensor:
-            return token_logprob(self._logits(states, temperature), tokens, kept)
-
-        return self._spread(in_blocks(of, self._rows, self.states, self.temperature, self.tokens, self.kept))
+        return self._each(token_logprob, self.tokens, self.kept)
 
     def entropy(self) -> Tensor:
         """`[B, T]`, in nats, of the distribution before truncation."""
-
-        def of(states: Tensor, temperature: Tensor) -> Tensor:
-            return categorical_entropy(self._logits(states, temperature))
-
-        return self._spread(in_blocks(of, self._rows, self.states, self.temperature))
+        return self._each(categorical_entropy)
 
     def kl(self, other: TokenSteps, estimator: str = "exact") -> Tensor:
         """`[B, T]`, KL(self || other) over the whole vocabulary, before truncation.
@@ -85,10 +77,20 @@ class TokenSteps:
         if estimator != "exact":
             raise ValueError(f"KL estimator '{estimator}' is not known to a token policy; expected exact, k1, k2 or k3")
 
-        def of(mine: Tensor, theirs: Tensor, temperature: Tensor, others: Tensor) -> Tensor:
-            return categorical_kl(self._logits(mine, temperature), other._logits(theirs, others))
+        def of(mine: Tensor, states: Tensor, temperature: Tensor) -> Tensor:
+            return categorical_kl(mine, other._logits(states, temperature))
 
-        return self._spread(in_blocks(of, self._rows, self.states, other.states, self.temperature, other.temperature))
+        return self._each(of, other.states, other.temperature)
+
+    def _each(self, function: Callable[..., Tensor], *others: Tensor | None) -> Tensor:
+        """`[B, T]`, a function of the logits `[R, V]` and of others `[R, ...]`; if they are few, once for all."""
+        if len(self.states) <= self._rows:
+            return self.steps.spread(function(self.logits, *others))
+
+        def of(states: Tensor, temperature: Tensor, *rest: Tensor | None) -> Tensor:
+            return function(self._logits(states, temperature), *rest)
+
+        return self.steps.spread(in_blocks(of, self._rows, self.states, self.temperature, *others))
 
     @cached_property
     def _rows(self) -> int:
@@ -97,6 +99,3 @@ class TokenSteps:
             vocabulary = self.output(self.states[:1]).shape[-1]
         device = self.states.device.type
         return max(LOGITS_AT_ONCE.get(device, LOGITS_AT_ONCE["other"]) // vocabulary, 1)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.where.shape).masked_scatter(self.where, values)

@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -75,12 +75,16 @@ class ParallelTask:
         groups, count = size // self.group_size, self.workers
         seeds = torch.randint(2**62, (count,), generator=rng, device=rng.device).tolist()
         shares = [(groups // count + (number < groups % count)) * self.group_size for number in range(count)]
-        busy = [
-            (worker, share, seed) for worker, share, seed in zip(self._workers, shares, seeds, strict=True) if share
-        ]
-        for worker, share, seed in busy:
-            worker.send(cast, {"knobs": dict(knobs), "seed": seed, "size": share})
-        return Rollout.cat([worker.receive(cast) for worker, _, _ in busy]).to(rng.device)
+        # The last ones have nothing to do where there are fewer groups than workers.
+        busy = self._workers[:groups]
+        try:
+            for worker, share, seed in zip(busy, shares, seeds, strict=False):
+                worker.send(cast, {"knobs": dict(knobs), "seed": seed, "size": share})
+            return Rollout.cat([worker.receive(cast) for worker in busy]).to(rng.device)
+        except BaseException:
+            # Somebody's answer may still be on its way, and would be taken for that to the next request.
+            self.close()
+            raise
 
     def evaluate(self, cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator) -> Evaluation:
         """The task's evaluation, in this process."""
@@ -112,7 +116,7 @@ class _Known:
     """Weights as a worker last got them; they are kept, so that no other tensor can take their place in memory."""
 
     tensors: list[Tensor]
-    versions: list[int] = field(default_factory=list)
+    versions: list[int]
 
     def same(self, other: _Known) -> bool:
         """Whether nothing has been written since."""
@@ -151,10 +155,6 @@ class _Worker:
             self.close()
             warnings.warn(f"task '{self.name}': worker {self.number} {lost}; it is started again", stacklevel=2)
             answer = self._again(cast)
-        except BaseException:
-            # Interrupted from outside: the child may still be at work, and its answer would be taken for another.
-            self.close()
-            raise
         if "raised" in answer:
             raise RuntimeError(f"task '{self.name}': worker {self.number} raised {answer['raised']}")
         self.state = answer["state"]
