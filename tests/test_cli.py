@@ -449,3 +449,29 @@ def test_a_file_that_cannot_be_checked_is_one_clear_line(name: str, text: str | 
     elif text is not None:
         Path(name).write_text(text)
     assert message in error("check", name)
+
+
+def test_an_experiment_in_a_file_of_ones_own_runs_like_a_paper_in_worker_processes(tmp_path: Path) -> None:
+    file = tmp_path / "my_lines.py"
+    shutil.copy(tiny.__file__, file)
+    words = ["run", str(file), "--scale", "quick", "--seeds", "0,1", "--workers", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from regimen import cli; cli.main()", *words],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = read_results(tmp_path / "runs" / "my_lines-quick")
+    assert results["verdict"] == "holds"
+    assert not results["failures"]
+    with pytest.raises(papers.UnknownPaper, match="there is no paper 'tiny'"):
+        papers.record({**results, "scale": "default", "claims": [], "left_out": []})
+
+
+def test_a_file_without_an_experiment_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "no_paper_here.py").write_text("PAPER = 3\n")
+    (tmp_path / "breaks_at_once.py").write_text("import no_such_module_anywhere\n")
+    (tmp_path / "json.py").write_text("")
+    assert "defines no PAPER = Paper(...), but int" in error("run", "no_paper_here.py")
+    assert "ModuleNotFoundError: No module named 'no_such_module_anywhere'" in error("run", "breaks_at_once.py")
+    assert "has the name of another module" in error("run", "json.py")
+    assert "is not a file" in error("run", "absent.py")

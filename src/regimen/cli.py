@@ -87,7 +87,10 @@ def papers(
 
 @app.command()
 def run(
-    paper: Annotated[str | None, typer.Argument(help="A paper of 'regimen papers', such as unipic2.")] = None,
+    paper: Annotated[
+        str | None,
+        typer.Argument(help="A paper of 'regimen papers', such as unipic2, or a Python file with a PAPER of your own."),
+    ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Every paper, one after the other; goes on where it stopped.")
     ] = False,
@@ -125,7 +128,7 @@ def run(
         from regimen.papers import available, load
 
         _check_run(paper, every, arms, set_)
-        root = out or Path("runs") / f"{paper or 'all'}-{scale}"
+        root = out or Path("runs") / f"{Path(paper or 'all').stem}-{scale}"
         plans = {}
         for slug in available() if paper is None else [paper]:
             load(slug)

@@ -117,29 +117,30 @@ class Claim:
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper as the library runs it.
+    """A paper as the library runs it, or an experiment of one's own.
 
     Attributes:
-        slug, title, arxiv: which paper.
-        verb: where its idea lives; policy: the kind it trains.
+        slug, title: which paper.
         claim: what it claims, in a sentence or two.
         arms: in the order in which reports list them.
         claims: what the verdict is computed from.
         metrics: evaluated metrics to show, name to label, the most important first.
         scales: settings by name; at least "quick" and "default".
+        arxiv: its number there; of an experiment of one's own, nothing.
+        verb: where its idea lives; policy: the kind it trains.
         requires: extras that scales need, such as {"full": "diffusers"}; an extra is named after the package it brings.
     """
 
     slug: str
     title: str
-    arxiv: str
-    verb: str
-    policy: str
     claim: str
     arms: Sequence[Arm]
     claims: Sequence[Claim]
     metrics: Mapping[str, str]
     scales: Mapping[str, Settings]
+    arxiv: str = ""
+    verb: str = ""
+    policy: str = ""
     requires: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The papers, one file each, found by name: `load("unipic2")`."""
+"""The papers, one file each, found by name: `load("unipic2")`; and experiments in files of one's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,39 @@ def available() -> list[str]:
     return sorted(path.stem.replace("_", "-") for path in _FOLDER.glob("[!_]*.py"))
 
 
-def load(slug: str) -> Paper:
-    """The paper with that slug.
+def load(name: str) -> Paper:
+    """The paper with that slug, or the `PAPER` of a Python file of one's own (a name that ends with .py).
 
     Raises:
         UnknownPaper: there is none; the message names the nearest.
+        ExperimentError: the file cannot be imported, or defines no `PAPER`.
     """
-    paper: Paper = importlib.import_module(f"regimen.papers.{_file(slug).stem}").PAPER
+    if name.endswith(".py"):
+        return _load_file(Path(name).resolve())
+    paper: Paper = importlib.import_module(f"regimen.papers.{_file(name).stem}").PAPER
+    return paper
+
+
+def _load_file(path: Path) -> Paper:
+    """The file imported by its own name, as Python imports a script's neighbours, so that workers find it again."""
+    from regimen.lab.experiment import ExperimentError, Paper
+
+    if not path.is_file():
+        raise ExperimentError(f"{path} is not a file; expected a Python file with an experiment of your own")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:
+        raise ExperimentError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    if module.__file__ is None or Path(module.__file__).resolve() != path:
+        raise ExperimentError(f"{path} has the name of another module, {module.__file__}; rename your file")
+    paper = getattr(module, "PAPER", None)
+    if not isinstance(paper, Paper):
+        raise ExperimentError(
+            f"{path} defines no PAPER = Paper(...), but {type(paper).__name__}; see regimen.lab.experiment, and "
+            "examples/ for experiments to begin with"
+        )
     return paper
 
 
@@ -65,6 +92,7 @@ def record(results: Mapping[str, Any]) -> None:
 
     Raises:
         ExperimentError: it is a smoke test, or not all that the paper's verdict needs was trained.
+        UnknownPaper: it is an experiment of a file of one's own.
     """
     from regimen.lab.experiment import ExperimentError
     from regimen.lab.overview import digest
@@ -81,6 +109,7 @@ def record(results: Mapping[str, Any]) -> None:
             f"its changed settings are {', '.join(results['changed']) or 'none'}, its judged claims with gaps: "
             f"{', '.join(gaps) or 'none'}; expected scale 'default' or 'full', no changes and no gaps"
         )
+    _file(results["paper"]["slug"])
     recorded = dict(sorted((verdicts() | {results["paper"]["slug"]: digest(results)}).items()))
     write_text(VERDICTS, json.dumps(recorded, indent=1) + "\n")
 
