@@ -23,6 +23,7 @@ PACKAGES = (
     "transformers",
     "trl",
     "stable-baselines3",
+    "d3rlpy",
     "gymnasium",
     "mujoco",
     "scikit-learn",

@@ -44,6 +44,11 @@ def tokenizer(size: Size) -> Any:
     return words
 
 
+def ending_tokenizer(size: Size) -> Any:
+    """The same words, with an end of a text that the models know."""
+    return word_tokenizer([f"w{i}" for i in range(size.words)])
+
+
 def decoder(size: Size, seed: int) -> nn.Module:
     """A Llama with random weights, in evaluation mode."""
     model = small_decoder(

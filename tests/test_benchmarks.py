@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PEERS = ("stable_baselines3", "trl")
+PEERS = ("stable_baselines3", "trl", "d3rlpy")
 
 
 class Benchmarks:

@@ -341,3 +341,20 @@ def test_fixed_reference_of_a_policy_is_its_own_kind(tiny_policy: Callable[..., 
     assert not any(p.requires_grad for p in cast["reference"].parameters())
     assert all(p.requires_grad for p in policy.parameters())
     assert len(list(cast.knobs)) == len(policy.knobs)
+
+
+def test_a_member_starts_from_another_unless_a_state_has_its_own_weights() -> None:
+    """Now, and when a state without it is loaded; from a state with it, it goes on."""
+    cast = Cast(policy=nn.Linear(2, 3), student=nn.Linear(2, 3))
+    cast.start("student", of="policy")
+    assert torch.equal(cast["student"].weight, cast["policy"].weight)
+    other = Cast(policy=nn.Linear(2, 3))
+    cast.load_state_dict(other.state_dict())
+    assert torch.equal(cast["student"].weight, other["policy"].weight)
+    with torch.no_grad():
+        cast["student"].weight.add_(1)
+    again = Cast(policy=nn.Linear(2, 3), student=nn.Linear(2, 3))
+    again.start("student", of="policy")
+    again.load_state_dict(cast.state_dict())
+    assert torch.equal(again["student"].weight, other["policy"].weight + 1)
+    assert all(parameter.requires_grad for parameter in again["student"].parameters())

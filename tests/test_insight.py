@@ -16,6 +16,7 @@ from regimen import Cast, Event, Interrupted, Knob, ReferenceRefresh, Regimen, S
 from regimen.controllers import Constant, MetaGradientWeight, Needs, Probe, Schedule, Situation
 from regimen.credit import GroupRelativeAdvantage
 from regimen.insight import StageInsight
+from regimen.knobs import Knobs
 from regimen.memory import NewestRollout
 from regimen.objectives import ClippedSurrogateObjective, ReferenceKL, ReinforceObjective
 from regimen.objectives.base import Batch
@@ -140,6 +141,20 @@ def test_what_was_not_declared_is_not_given(tiny_policy: Build) -> None:
     insight.needs = Needs("policy")
     with pytest.raises(ValueError, match="asks for a probe, which its needs do not declare"):
         insight.probe()
+
+
+def test_a_probe_alone_needs_no_update_and_may_have_the_knobs_of_an_evaluation(tiny_policy: Build) -> None:
+    cast, memory, taken = Cast(policy=tiny_policy()), NewestRollout(), {}
+    board = Knobs.of(cast["policy"], noise_level=0.7)
+    for evaluating in (False, True):
+        looking = Needs(probe=probe(reward=None, credit=None, objective=None, evaluating=evaluating))
+        insight = StageInsight(looking, None, cast, board, None).at(memory, lambda task, size: None)
+        taken[evaluating] = insight.probe().knob("noise_level")
+    assert taken[False].tolist() == pytest.approx([0.7] * 8)
+    assert taken[True].tolist() == [0] * 8
+    assert board["noise_level"] == 0.7
+    with pytest.raises(ValueError, match="asks for gradients, and its needs name no update"):
+        insight.gradients()
 
 
 # In a run

@@ -107,3 +107,26 @@ def test_steps_are_taken_and_put_back(share: float) -> None:
     assert torch.equal(steps.row, row)
     assert torch.equal(steps.step, step)
     assert torch.equal(steps.of_rows(values[:, 0]), values[:, 0][row])
+
+
+def test_replaced_fields_of_rows_leave_the_others_to_be_taken(rollout: Rollout) -> None:
+    rows = rollout[torch.tensor([3, 1])]
+    changed = rows.replace(advantages=torch.ones(2, 4), logprobs=torch.zeros(2, 4))
+    assert torch.equal(changed.advantages, torch.ones(2, 4))
+    assert rows.advantages is None
+    assert "observations" not in vars(changed)
+    assert torch.equal(changed.observations["state"], rollout.observations["state"][[3, 1]])
+    assert torch.equal(changed["scale"], torch.tensor([3.0, 1.0]))
+    assert set(changed.data.keys()) == {*rollout.data.keys(), "advantages", "logprobs"}
+    assert torch.equal(changed[torch.tensor([1])].advantages, torch.ones(1, 4))
+
+
+def test_replaced_tables_of_rows_are_read(rollout: Rollout) -> None:
+    rows = rollout[torch.tensor([3, 1])]
+    assert torch.equal(rows.with_columns(scale=torch.zeros(2))["scale"], torch.zeros(2))
+    assert rows.replace(knobs={"noise_level": torch.ones(2)}).knob("noise_level").tolist() == [1, 1]
+
+
+def test_replaced_fields_of_rows_are_checked(rollout: Rollout) -> None:
+    with pytest.raises(ValueError, match=r"rollout field 'advantages' has shape \[3, 4\], expected \[2, 4, ...\]"):
+        rollout[torch.tensor([3, 1])].replace(advantages=torch.ones(3, 4))

@@ -191,6 +191,7 @@ def test_describe_reaches_every_setting() -> None:
     described = describe({"credit": GroupRelativeAdvantage(clip=5), "objective": 0.5 * ClippedSurrogateObjective()})
     assert described["credit"]["clip"] == 5
     assert "0.5" in str(described["objective"])
+    assert describe(str.split) == "builtins.str.split"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

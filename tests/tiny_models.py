@@ -120,6 +120,33 @@ def llava() -> tuple[nn.Module, Any]:
     return transformers.LlavaForConditionalGeneration(config).eval(), processor
 
 
+def qwen(tokenizer: Any) -> nn.Module:
+    """A Qwen2.5-VL whose images are the token `<image>`, with patches of 4 x 4 merged by 2 x 2."""
+    import transformers
+
+    torch.manual_seed(0)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    text = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "patch_size": 4,
+        "window_size": 16, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=image, video_token_id=image + 1000,
+        vision_start_token_id=image + 1001, vision_end_token_id=image + 1002,
+    )  # fmt: skip
+    model: nn.Module = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 def save(folder: Path, *parts: Any) -> str:
     """Write parts to one folder; returns its name."""
     for part in parts:

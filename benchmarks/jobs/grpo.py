@@ -107,8 +107,8 @@ def theirs(name: str, steps: int, seed: int) -> Measurement:
 
 
 BOUND = (
-    "Half of a step is sampling, see there. The forward and backward pass are matrix products for three quarters at 7M "
-    "(by oneDNN, at twice the speed of MKL on this processor) and dispatch for most at 0.15M."
+    "Sampling, see there, and the forward and backward pass, which reads a group's prompt once: matrix products for "
+    "the most part at 7M (by oneDNN, at twice the speed of MKL on this processor), and dispatch at 0.15M."
 )
 
 JOBS = [

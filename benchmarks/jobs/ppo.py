@@ -159,13 +159,15 @@ JOBS = [
         "ppo-cartpole",
         CARTPOLE,
         2.0,
-        "The price of a torch call on small tensors. The parts of a bare step (environments, network, drawing) add up "
-        "to 66 us, and ours takes 117 us with its new starts; a bare gradient step 0.81 ms, and ours 1.2 ms.",
+        "The price of calls on small arrays. A step of four copies takes 80 us at best: gymnasium's part is 27 us and "
+        "acting 20 us (46 us by torch's modules); a new start takes 27 us. A gradient step takes 0.86 ms at best: the "
+        "products and tanh of two networks are 0.35 ms, and the rest some 400 calls for losses, metrics, the norm and "
+        "the optimiser.",
     ),
     job(
         "ppo-halfcheetah",
         CHEETAH,
         1.5,
-        "The same; of a step MuJoCo takes 33 us.",
+        "Gradient steps, as there, of 64 rows; of a step MuJoCo takes 33 us.",
     ),
 ]

@@ -25,6 +25,7 @@ class Cast(Mapping[str, Any]):
     def __init__(self, **members: Any) -> None:
         self._members = dict(members)
         self._copies: dict[str, tuple[CopyKind, str]] = {}
+        self._starts: dict[str, str] = {}
         # The parameters themselves, not their ids only: the id of one that is gone is given to another.
         self._trainable = {id(p): p for m in self._modules() for p in m.parameters() if p.requires_grad}
 
@@ -104,6 +105,15 @@ class Cast(Mapping[str, Any]):
         """Copy the weights of one member into another of the same shape."""
         self[name].load_state_dict(self[source].state_dict())
 
+    def start(self, name: str, of: str) -> None:
+        """Give a member the weights of another, now and whenever a state is loaded that has none for it.
+
+        For one that is trained while the other stays, from where another regimen has left that one. The two are of one
+        architecture, or the member takes the other's state all the same (a `MultiHeadPolicy` that of a `TokenPolicy`).
+        """
+        self._starts[name] = of
+        self.restore(name, of)
+
     def state_dict(self) -> dict[str, Any]:
         """Every member's state and version, and where copies came from."""
         return {
@@ -128,6 +138,9 @@ class Cast(Mapping[str, Any]):
             member.load_state_dict(saved)
         for name, version in state["versions"].items():
             self[name].version = version
+        for name, source in self._starts.items():
+            if name not in state["members"]:
+                self.restore(name, source)
 
     def _put(self, name: str, member: Any, kind: CopyKind, source: str) -> None:
         self._members[name], self._copies[name] = member, (kind, source)
@@ -167,7 +180,7 @@ class CastRule(Protocol):
         ...
 
     def after_step(self, cast: Cast, step: int) -> None:
-        """Act after iteration `step` (1, 2, ...)."""
+        """Act after iteration `step` (1, 2, ...), or after that gradient step, as a rule of an update."""
         ...
 
 

@@ -61,8 +61,9 @@ class HealthMonitor:
                 self._warn(f"task '{task}' has no sample in the batch; raise batch_size or the knob mixture/{task}")
             elif learned == 0 and rollout.reward is not None:
                 self._warn(
-                    f"no sample of task '{task}' is left to learn from: no reward that trains applies to it, or all "
-                    "failed; look at the counts of its components, and at the names given to .on(...)"
+                    f"no sample of task '{task}' is left to learn from: no reward that trains applies to it, all "
+                    "failed, or a credit selected none; look at the counts of its components, and at the names given "
+                    "to .on(...)"
                 )
 
     def _facts(self, rollout: Rollout) -> dict[str, float]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from regimen.cast import Cast
 from regimen.controllers.base import Needs, Probe
+from regimen.functions.gradients import flat_gradient
+from regimen.knobs import Knobs
 from regimen.memory import Memory
 from regimen.objectives.base import Batch, Objective
 from regimen.rewards.base import Scene
@@ -23,13 +25,14 @@ Charge = Callable[[Any, int], None]
 
 
 class StageInsight:
-    """An `Insight` into one update of a stage, for one controller. It owns the stream that its asking draws from."""
+    """An `Insight` into one update of a stage, or into a probe alone, for one controller.
 
-    def __init__(
-        self, needs: Needs, update: Update, cast: Cast, knobs: Mapping[str, float], timeout_s: float | None
-    ) -> None:
-        self.needs, self.update, self.cast, self.knobs, self.timeout_s = needs, update, cast, knobs, timeout_s
-        self._parts = {part.term_name: part for part in update.objective.parts()}
+    It owns the stream that its asking draws from.
+    """
+
+    def __init__(self, needs: Needs, update: Update | None, cast: Cast, knobs: Knobs, timeout_s: float | None) -> None:
+        self.needs, self._update, self.cast, self.knobs, self.timeout_s = needs, update, cast, knobs, timeout_s
+        self._parts = {} if update is None else {part.term_name: part for part in update.objective.parts()}
         self._rng = torch.Generator(cast.device)
         self._memory: Memory | None = None
         self._minibatch: Rollout | None = None
@@ -60,12 +63,13 @@ class StageInsight:
     def probe(self) -> Rollout:
         """See `Insight`."""
         probe = self._probe()
+        knobs: Mapping[str, float] = self.knobs.for_evaluation() if probe.evaluating else self.knobs
         with self._own_randomness():
-            rollout: Rollout = probe.task.collect(self.cast, self.knobs, self._rng, probe.size)
+            rollout: Rollout = probe.task.collect(self.cast, knobs, self._rng, probe.size)
             self._charge(probe.task, probe.size)
             if probe.reward is not None:
-                rollout, _ = judge(probe.reward, rollout, Scene(self.cast, self.knobs, self.timeout_s))
-            return rollout if probe.credit is None else probe.credit(rollout, self.knobs, self.cast)
+                rollout, _ = judge(probe.reward, rollout, Scene(self.cast, knobs, self.timeout_s))
+            return rollout if probe.credit is None else probe.credit(rollout, knobs, self.cast)
 
     def probe_gradient(self, rollout: Rollout) -> Tensor:
         """See `Insight`."""
@@ -96,7 +100,7 @@ class StageInsight:
         with self._own_randomness(), torch.enable_grad():
             for batch in self._batches(rollout):
                 for name, objective in losses.items():
-                    gradient = _flat_gradient(objective(batch).total, parameters)
+                    gradient = flat_gradient(objective(batch).total, parameters)
                     found[name] = gradient if name not in found else found[name].add_(gradient)
         return found
 
@@ -113,12 +117,19 @@ class StageInsight:
         if self._memory is None:
             raise ValueError("an insight is for the moment before_learn of an iteration; set the controller's `moment`")
         if self._minibatch is None:
-            self._minibatch = next(iter(self.update.batches(self._memory, self._rng)), None)
+            self._minibatch = next(iter(self.update.batches(self._memory, self._rng, self.knobs)), None)
         if self._minibatch is None:
             raise ValueError(
                 f"update '{self.update.name}' draws no minibatch yet (its memory fills); start the controller later"
             )
         return self._minibatch
+
+    @property
+    def update(self) -> Update:
+        """The update that it looks into."""
+        if self._update is None:
+            raise ValueError("the controller asks for gradients, and its needs name no update; give Needs(update=...)")
+        return self._update
 
     def _named(self, name: str) -> Objective:
         if name not in self.needs.losses:
@@ -155,14 +166,6 @@ class StageInsight:
             self.needs.probe.task.load_state_dict(state["task"])
             if self.needs.probe.reward is not None:
                 self.needs.probe.reward.load_state_dict(state["reward"])
-
-
-def _flat_gradient(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Of a loss `[]`, `[P]`; 0 where it does not depend on a parameter. Leaves `.grad` as it is."""
-    if not loss.requires_grad:
-        return torch.cat([torch.zeros_like(parameter).flatten() for parameter in parameters])
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in found])
 
 
 def _free(task: Any, size: int) -> None:

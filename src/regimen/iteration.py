@@ -33,6 +33,7 @@ class Counters:
         stage: index of the stage at work; step: iterations of it that are complete.
         iterations: iterations over all stages.
         samples: generated samples; rows: samples read from data; gradient_steps: optimiser steps taken.
+        drawn: actions that a policy drew anew for samples that were there, to learn from; no environment answered them.
         skipped: gradient steps not taken because they were not finite.
         seconds: time in starts of stages and in iterations, evaluations and checkpoints left out.
     """
@@ -43,6 +44,7 @@ class Counters:
     samples: int = 0
     rows: int = 0
     gradient_steps: int = 0
+    drawn: int = 0
     skipped: int = 0
     seconds: float = 0.0
 
@@ -69,7 +71,7 @@ class StageRun:
     def start(self, fresh: bool) -> None:
         """Apply rules and prepare steps (when fresh), then make the optimisers."""
         if fresh:
-            for rule in self.stage.rules:
+            for rule in (*self.stage.rules, *(rule for update in self.stage.updates for rule in update.rules)):
                 rule.start(self.cast)
             for prepare in self.stage.prepare:
                 prepare(self.cast, self.stage.tasks, self.memory)
@@ -80,7 +82,7 @@ class StageRun:
         updates = {update.name: update for update in stage.updates}
         for controller in stage.controllers:
             if (needs := needs_of(controller)) is not None:
-                update = updates[needs.update]
+                update = None if needs.update is None else updates[needs.update]
                 yield controller, StageInsight(needs, update, self.cast, self.board, stage.reward_timeout_s)
 
     def iterate(self, step: int, counters: Counters, rng: torch.Generator) -> dict[str, float]:
@@ -144,13 +146,15 @@ class StageRun:
             if step % learner.update.every:
                 continue
             learned = learner.learn(self.memory, self.cast, self.board, rng)
-            metrics.update(learned.metrics)
+            metrics.update({**learned.metrics, f"{learner.update.name}/steps": learner.steps})
             skipped, taken = skipped + learned.skipped, taken + learned.gradient_steps
+            counters.drawn += learned.drawn
             first = learned.first_ratio_deviation if first is None else first
         counters.gradient_steps += taken
         counters.skipped += skipped
         self.skipped_in_row = self.skipped_in_row + skipped if skipped and not taken else 0
-        expected = tuple(t.name for t in self.stage.tasks if self._share(t.name) > 0)
+        asked = [task for task in self.stage.tasks if self._share(task.name) > 0]
+        expected = tuple(name for task in asked for name in getattr(task, "collects", (task.name,)))
         metrics.update(
             self.health.observe(rollout, metrics, expected_tasks=expected, first_ratio_deviation=first, skipped=skipped)
         )

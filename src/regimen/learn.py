@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from regimen.cast import Cast
+from regimen.functions.gradients import conflict, flat_gradient
 from regimen.memory import Memory
 from regimen.objectives.base import Batch
 from regimen.rollout import Rollout
@@ -26,12 +28,14 @@ class Learned:
         gradient_steps: how many were taken.
         skipped: how many were not, because the loss or the gradient was not finite.
         first_ratio_deviation: largest `|ratio - 1|` before the first step; 0 for a sound on-policy update.
+        drawn: actions drawn anew for samples that were there, see `Batch.resampled`.
     """
 
     metrics: dict[str, float]
     gradient_steps: int
     skipped: int
     first_ratio_deviation: float | None
+    drawn: int = 0
 
 
 class Learner:
@@ -41,16 +45,24 @@ class Learner:
         self.update = update
         self._parameters = cast.trainable(update.members)
         self._optimizer = update.build_optimizer(self._parameters)
+        self._spent, self._steps = Counter[str](), 0
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps taken in this stage."""
+        return self._steps
 
     def learn(self, memory: Memory, cast: Cast, knobs: Mapping[str, float], rng: torch.Generator) -> Learned:
         """Take this iteration's gradient steps."""
         self._set_learning_rate(knobs)
+        self._spent.clear()
         taken: list[dict[str, Tensor]] = []
         skipped, first = 0, None
-        for rollout in self.update.batches(memory, rng):
+        for rollout in self.update.batches(memory, rng, knobs):
             if len(rollout) == 0:
                 continue
-            metrics = self._accumulate(rollout, cast, knobs, rng)
+            accumulate = self._accumulate if self.update.gradients is None else self._combine
+            metrics = accumulate(rollout, cast, knobs, rng)
             if first is None and "ratio_deviation" in metrics:
                 first = float(metrics["ratio_deviation"])
             norm = self._norm()
@@ -59,6 +71,9 @@ class Learner:
                 self._optimizer.step()
                 # A fused step does not count as a change in place, by which others tell that weights are new.
                 torch.autograd.graph.increment_version(self._parameters)
+                self._steps += 1
+                for rule in self.update.rules:
+                    rule.after_step(cast, self._steps)
                 taken.append({**metrics, "grad_norm": norm})
             else:
                 skipped += 1
@@ -71,7 +86,7 @@ class Learner:
             f"{self.update.name}/{name}": float(torch.stack([step[name] for step in taken if name in step]).mean())
             for name in names
         }
-        return Learned(means, len(taken), skipped, first)
+        return Learned(means, len(taken), skipped, first, self._spent["drawn"])
 
     def _accumulate(
         self, rollout: Rollout, cast: Cast, knobs: Mapping[str, float], rng: torch.Generator
@@ -84,7 +99,7 @@ class Learner:
         for start in range(0, len(rollout), size):
             rows = slice(start, start + size)
             part = rollout if size >= len(rollout) else rollout[rows]
-            batch = Batch(part, cast, knobs, rng, whole=rollout, rows=rows)
+            batch = Batch(part, cast, knobs, rng, whole=rollout, rows=rows, spent=self._spent)
             loss = self.update.objective(batch)
             if loss.total.requires_grad:
                 loss.total.backward()
@@ -93,15 +108,38 @@ class Learner:
             losses = {f"loss/{name}": value.detach() for name, value in loss.components.items()}
             for name, value in {"loss": loss.total.detach(), **losses, **shares}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        self._check_reached()
+        if all(parameter.grad is None for parameter in self._parameters):
+            self._raise_unreached()
         return sums
 
-    def _check_reached(self) -> None:
-        if all(p.grad is None for p in self._parameters):
-            raise ValueError(
-                f"update '{self.update.name}': the loss does not depend on any trainable parameter of "
-                f"{', '.join(self.update.members)}; check which member the objective trains"
-            )
+    def _combine(
+        self, rollout: Rollout, cast: Cast, knobs: Mapping[str, float], rng: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Gradients of one minibatch, put together from those of its tasks; metrics weighted by the tasks' samples."""
+        assert self.update.gradients is not None, "only asked where there is a way to put them together"
+        whole = Batch(rollout, cast, knobs, rng, spent=self._spent)
+        gradients, sums, reached = [], dict[str, Tensor](), False
+        for task in (name for place, name in enumerate(rollout.task_names) if bool((rollout.task == place).any())):
+            part = whole.of_tasks(task)
+            loss, share = self.update.objective(part), len(part.rollout) / len(rollout)
+            gradients.append(flat_gradient(share * loss.total, self._parameters))
+            losses = {f"loss/{name}": value for name, value in loss.components.items()}
+            for name, value in {"loss": loss.total, **losses, **loss.metrics}.items():
+                sums[name] = sums.get(name, 0) + share * value.detach()
+            reached = reached or loss.total.requires_grad
+        if not reached:
+            self._raise_unreached()
+        together = self.update.gradients(torch.stack(gradients), rng)
+        parts = together.split([parameter.numel() for parameter in self._parameters])
+        for parameter, gradient in zip(self._parameters, parts, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return {**sums, "gradient_conflict": conflict(torch.stack(gradients))}
+
+    def _raise_unreached(self) -> NoReturn:
+        raise ValueError(
+            f"update '{self.update.name}': the loss does not depend on any trainable parameter of "
+            f"{', '.join(self.update.members)}; check which member the objective trains"
+        )
 
     def _norm(self) -> Tensor:
         """Of all gradients together, `[]`."""
@@ -120,9 +158,10 @@ class Learner:
                 group["lr"] = knobs[self.update.learning_rate.name]
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state."""
-        return self._optimizer.state_dict()
+        """The optimiser's state, and how many steps it has taken."""
+        return {**self._optimizer.state_dict(), "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the optimiser."""
-        self._optimizer.load_state_dict(dict(state))
+        self._steps = int(state.get("steps", 0))
+        self._optimizer.load_state_dict({name: value for name, value in state.items() if name != "steps"})

@@ -137,7 +137,7 @@ class Trainer:
         cast = self.regimen.cast
         rng = torch.Generator(cast.device).manual_seed(1_000_003 * (self.seed + 1))
         index = min(self.counters.stage, len(self.regimen.stages) - 1)
-        knobs = self.regimen.stages[index].board(cast, self.regimen.knobs).for_evaluation()
+        knobs = self.regimen.evaluation_knobs(self.regimen.stages[index])
         metrics: dict[str, float] = {}
         for task in self.regimen.evaluated():
             evaluation = task.evaluate(cast, knobs, rng)

@@ -123,6 +123,17 @@ class Stage:
                 f"{owner} needs gradients or a probe and acts at '{controller.moment}'; they are there at "
                 "'before_learn'"
             )
+        if needs.update is None:
+            if needs.losses or (needs.probe is not None and needs.probe.objective is not None):
+                raise ValueError(
+                    f"{owner} needs losses or the gradient of a probe, and names no update; give Needs(update=...)"
+                )
+        else:
+            self._check_losses(needs, owner)
+        if needs.probe is not None:
+            self._check_probe(needs.probe, owner)
+
+    def _check_losses(self, needs: Needs, owner: str) -> None:
         update = next((update for update in self.updates if update.name == needs.update), None)
         if update is None:
             there = ", ".join(update.name for update in self.updates) or "none"
@@ -132,8 +143,6 @@ class Stage:
             raise ValueError(
                 f"{owner} needs the loss '{absent[0]}' of update '{update.name}', whose losses are: {', '.join(losses)}"
             )
-        if needs.probe is not None:
-            self._check_probe(needs.probe, owner)
 
     def _check_probe(self, probe: Probe, owner: str) -> None:
         name, group = probe.task.name, probe.task.group_size
@@ -181,6 +190,14 @@ class Regimen:
                             f"update '{update.name}' of stage '{stage.name}' trains '{member}', which is not in the "
                             f"cast: {', '.join(self.cast)}"
                         )
+
+    def evaluation_knobs(self, stage: Stage) -> dict[str, float]:
+        """What is in force in an evaluation during a stage: its board, and what evaluated tasks read beside it."""
+        board = stage.board(self.cast, self.knobs)
+        declared = [(f"task '{task.name}'", knob) for task in self.evaluated() for knob in task.knobs]
+        others = Knobs((owner, knob) for owner, knob in declared if knob.name not in board)
+        given = {name: value for name, value in self.knobs.items() if name in others}
+        return {**others.for_evaluation(), **given, **board.for_evaluation()}
 
     def evaluated(self) -> list[Task]:
         """The tasks that are evaluated, each once."""

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from tensordict import NonTensorStack, TensorDict
+from tensordict import TensorDict
 from torch import Tensor
 
-# Fields with one value per sample, fields with one per step, and nested tables of samples.
-_PER_SAMPLE = ("task", "group", "version", "started_at", "finished_at")
-_PER_STEP = ("logprobs", "mask", "loss_mask", "discount", "segment", "advantages")
-_PER_STEP_WIDE = ("observations", "actions")
-_TABLES = ("context", "knobs", "columns", "rewards", "status")
-STEP_FIELDS = (*_PER_STEP, *_PER_STEP_WIDE, "step_columns")
-FIELDS = (*_PER_SAMPLE, *STEP_FIELDS, *_TABLES, "reward")
+from regimen.fields import (
+    FIELDS,
+    STEP_FIELDS,
+    as_field,
+    check_joinable,
+    padded_table,
+    plain_table,
+    table_from_plain,
+    table_of,
+)
+
 _NAMES = frozenset(FIELDS)
-_DTYPES = {"mask": torch.bool, "loss_mask": torch.bool, "task": torch.int64, "group": torch.int64}
+# Tables whose entries are read one by one.
+_TABLES = ("columns", "step_columns", "knobs", "rewards")
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Rollout:
             "knobs": in_force,
             **fields,
         }
-        data = {name: _as_field(name, value, batch, steps, device) for name, value in given.items()}
+        data = {name: as_field(name, value, batch, steps, device) for name, value in given.items()}
         return cls(TensorDict(data, batch_size=[batch], device=device), (task,))
 
     def __len__(self) -> int:
@@ -153,20 +159,20 @@ class Rollout:
         # Not `copy`, which goes through every text of every table.
         data = self.data.exclude(*fields)
         for name, value in fields.items():
-            data.set(name, _as_field(name, value, len(self), self.steps, self.mask.device))
+            data.set(name, as_field(name, value, len(self), self.steps, self.mask.device))
         return Rollout(data, self.task_names)
 
     def with_columns(self, **columns: Any) -> Rollout:
         """The rollout with side columns added or changed."""
         table = self.columns.exclude(*columns)
-        for name, value in _table("columns", columns, [len(self)], self.mask.device).items():
+        for name, value in table_of("columns", columns, [len(self)], self.mask.device).items():
             table.set(name, value)
         return self.replace(columns=table)
 
     def with_step_columns(self, **columns: Any) -> Rollout:
         """The rollout with side columns `[B, T, ...]` added or changed."""
         table = self.step_columns.exclude(*columns)
-        for name, value in _table("step_columns", columns, [len(self), self.steps], self.mask.device).items():
+        for name, value in table_of("step_columns", columns, [len(self), self.steps], self.mask.device).items():
             table.set(name, value)
         return self.replace(step_columns=table)
 
@@ -182,7 +188,7 @@ class Rollout:
         """
         if steps < self.steps:
             raise ValueError(f"the rollout has {self.steps} steps and cannot be padded to {steps}")
-        return self if steps == self.steps else Rollout(_padded(self.data, steps), self.task_names)
+        return self if steps == self.steps else Rollout(padded_table(self.data, steps), self.task_names)
 
     def of_task(self, name: str) -> Rollout:
         """The rows of one task (possibly none)."""
@@ -284,7 +290,8 @@ class _Rows(Rollout):
     def __init__(self, source: Rollout, row: Any, step: Tensor | None = None) -> None:
         if isinstance(row, Tensor) and row.dtype == torch.bool:
             row = row.nonzero().squeeze(1)
-        self.__dict__.update(task_names=source.task_names, _source=source, _row=row, _step=step, _entries={})
+        given = {"task_names": source.task_names, "_names": source._fields()}
+        self.__dict__.update(given, _source=source, _row=row, _step=step, _entries={})
         self.__dict__["mask"] = self._taken(source.mask, wide=True)
 
     @cached_property
@@ -336,128 +343,17 @@ class _Rows(Rollout):
         return self._entries["knobs", name]
 
     def _fields(self) -> list[str]:
-        return self._source._fields()
+        return self._names
 
-
-def _as_field(name: str, value: Any, batch: int, steps: int, device: Any) -> Any:
-    """A field's value as a rollout stores it, its shape and type checked."""
-    if name in _TABLES:
-        return _table(name, value, [batch], device)
-    if name == "step_columns" or (name in _PER_STEP_WIDE and isinstance(value, Mapping)):
-        value = _table(name, value, [batch, steps], device)
-    check_field(name, value, batch, steps)
-    return value
-
-
-def check_field(name: str, value: Any, batch: int, steps: int) -> None:
-    """Raise `ValueError` naming field, shape and expected shape unless the value fits a rollout."""
-    if name not in FIELDS:
-        raise ValueError(f"'{name}' is not a field of a rollout ({', '.join(FIELDS)}); put it among the columns")
-    if not isinstance(value, Tensor | TensorDict):
-        raise ValueError(
-            f"rollout field '{name}' is a {type(value).__name__}, expected a tensor; leave out what is not there"
-        )
-    shape = tuple(value.batch_size if isinstance(value, TensorDict) else value.shape)
-    if name in _PER_SAMPLE:
-        good, expected = shape == (batch,), f"[{batch}]"
-    elif name == "reward":
-        good, expected = shape in ((batch,), (batch, steps)), f"[{batch}] or [{batch}, {steps}]"
-    elif name == "advantages" or name in _PER_STEP_WIDE:
-        good, expected = shape[:2] == (batch, steps), f"[{batch}, {steps}, ...]"
-    else:
-        good, expected = shape == (batch, steps), f"[{batch}, {steps}]"
-    if not good:
-        raise ValueError(f"rollout field '{name}' has shape {list(shape)}, expected {expected} (B={batch}, T={steps})")
-    if (dtype := _DTYPES.get(name)) is not None and value.dtype != dtype:
-        raise ValueError(f"rollout field '{name}' is of type {value.dtype}, expected {dtype}")
-
-
-def check_joinable(a: TensorDict, b: TensorDict, what: str) -> None:
-    """Raise `ValueError` unless two tables have the same entries with rows of the same shapes."""
-    first, second = _leaf_shapes(a), _leaf_shapes(b)
-    remedy = "give both the same contexts and columns (zeros and a flag where one has none)"
-    if odd := sorted(first.keys() ^ second.keys()):
-        raise ValueError(f"{what} cannot be joined: only one of them has {', '.join(odd)}; {remedy}")
-    for name, shape in first.items():
-        if shape != second[name]:
-            raise ValueError(f"{what} cannot be joined: '{name}' has rows of {shape} and of {second[name]}; {remedy}")
-
-
-def _leaf_shapes(table: TensorDict, prefix: str = "") -> dict[str, list[int]]:
-    shapes: dict[str, list[int]] = {}
-    for name, value in table.items():
-        if isinstance(value, TensorDict):
-            shapes |= _leaf_shapes(value, f"{prefix}{name}/")
-        else:
-            shapes[f"{prefix}{name}"] = list(value.shape[1:])
-    return shapes
-
-
-def _table(owner: str, value: Any, batch: Sequence[int], device: Any) -> TensorDict:
-    """A table of `batch` rows from a mapping of tensors, nested mappings or lists (of numbers or texts)."""
-    if isinstance(value, TensorDict):
-        if list(value.batch_size[: len(batch)]) != list(batch):
-            raise ValueError(f"rollout field '{owner}' is a table {list(value.batch_size)}, expected {list(batch)}")
-        return value
-    if not isinstance(value, Mapping):
-        raise ValueError(f"rollout field '{owner}' is a {type(value).__name__}, expected a mapping or a table")
-    table = TensorDict({}, batch_size=batch, device=device)
-    for name, entry in value.items():
-        # A stack of texts is a mapping too, without entries.
-        if isinstance(entry, Mapping) and not isinstance(entry, NonTensorStack):
-            entry = _table(f"{owner}/{name}", entry, batch, device)
-        elif isinstance(entry, list | tuple):
-            numbers = entry and all(isinstance(item, bool | int | float) for item in entry)
-            entry = torch.tensor(entry) if numbers else NonTensorStack(*entry)
-        elif not isinstance(entry, NonTensorStack):
-            entry = torch.as_tensor(entry)
-        if list(entry.shape[: len(batch)]) != list(batch):
-            raise ValueError(
-                f"rollout field '{owner}': '{name}' has shape {list(entry.shape)}, expected "
-                f"[{', '.join(map(str, batch))}, ...]"
-            )
-        table.set(name, entry)
-    return table
-
-
-def plain_table(table: TensorDict) -> dict[str, Any]:
-    """A table as nested dicts of tensors and lists, with its own shape beside them."""
-    entries: dict[str, Any] = {}
-    for name, value in table.items():
-        if isinstance(value, TensorDict):
-            entries[name] = plain_table(value)
-        else:
-            entries[name] = value if isinstance(value, Tensor) else value.tolist()
-    return {"shape": list(table.batch_size), "entries": entries}
-
-
-def table_from_plain(plain: Mapping[str, Any]) -> TensorDict:
-    """The table that `plain_table` described, on the CPU."""
-    table = TensorDict({}, batch_size=plain["shape"], device="cpu")
-    for name, value in plain["entries"].items():
-        if isinstance(value, Mapping):
-            value = table_from_plain(value)
-        elif isinstance(value, list | tuple):
-            value = NonTensorStack(*value)
-        table.set(name, value)
-    return table
-
-
-def _padded(data: TensorDict, steps: int) -> TensorDict:
-    """The table with every per-step field padded with zeros (False) to `steps`."""
-    old = data.get("mask").shape[1]
-
-    def grown(value: Any) -> Any:
-        if isinstance(value, TensorDict):
-            return value.apply(grown, batch_size=[value.batch_size[0], steps])
-        return torch.cat([value, value.new_zeros(value.shape[0], steps - old, *value.shape[2:])], 1)
-
-    names = [name for name in (*STEP_FIELDS, "reward", "rewards") if name in data.keys()]  # noqa: SIM118
-    padded = data.exclude(*names)
-    for name in names:
-        value = data.get(name)
-        if name == "rewards":
-            padded.set(name, value.apply(lambda v: grown(v) if v.ndim > 1 else v))
-        else:
-            padded.set(name, value if name == "reward" and value.ndim == 1 else grown(value))
-    return padded
+    def replace(self, **fields: Any) -> Rollout:
+        """The rows with some fields changed or added; the others are still taken when they are read."""
+        if not fields.keys().isdisjoint(_TABLES):
+            return super().replace(**fields)
+        checked = {
+            name: as_field(name, value, len(self), self.steps, self.mask.device) for name, value in fields.items()
+        }
+        changed = copy(self)
+        changed.__dict__.pop("data", None)
+        names = list(dict.fromkeys([*self._names, *fields]))
+        changed.__dict__.update(checked, _names=names, _entries=dict(self._entries))
+        return changed

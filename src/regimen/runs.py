@@ -223,7 +223,8 @@ def describe(part: Any) -> Any:
     if isinstance(part, functools.partial):
         return {"type": describe(part.func), "settings": describe(part.keywords)}
     if isinstance(part, type) or (isinstance(part, Callable) and hasattr(part, "__qualname__")):  # type: ignore[arg-type]
-        return f"{part.__module__}.{part.__qualname__}"
+        # A method of a built-in class, such as str.split, has no module.
+        return f"{getattr(part, '__module__', 'builtins')}.{part.__qualname__}"
     if dataclasses.is_dataclass(part):
         settings = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
     else:

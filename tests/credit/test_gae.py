@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regimen.credit.gae import GAE
 from regimen.functions.returns import gae
+from regimen.knobs import Knob
 from regimen.rollout import Rollout
 
 
@@ -49,6 +50,17 @@ def test_reads_hidden_states() -> None:
     rollout = rollout_of(torch.ones(1, 3))
     credited = GAE(reads="policy")(rollout, {}, {"policy": policy, "critic": lambda h: h.sum(-1)})
     assert torch.equal(credited["values"], hidden.sum(-1))
+
+
+def test_a_knob_multiplies_the_discount_that_was_recorded() -> None:
+    """As for texts, which record none: the value in force now counts, and what has terminated stays so."""
+    reward, ended = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 0.0, 1.0]])
+    credit = GAE(1.0, normalize=None, discount=Knob("discount", 0.9))
+    assert [knob.name for knob in credit.knobs] == ["discount"]
+    assert GAE().knobs == ()
+    credited = credit(rollout_of(reward, discount=ended), {"discount": 0.5}, {"critic": constant(0.0)})
+    assert credited.advantages.tolist() == [[2.0, 2.0, 4.0]]
+    assert torch.equal(credited.discount, ended)
 
 
 def test_keeps_no_gradient() -> None:

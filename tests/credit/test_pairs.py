@@ -7,7 +7,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from regimen.credit.pairs import BestWorstPairSelector, best_and_worst
+from regimen.checkers import check
+from regimen.credit.pairs import BestWorstPairSelector, PairsPerObjective, best_and_worst
 from regimen.memory import NewestRollout, ReplayMemory
 from regimen.rollout import Rollout
 from regimen.update import Draws, Epochs
@@ -137,6 +138,35 @@ def test_pair_columns_travel(many: Rollout) -> None:
     order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
     assert marked[order]["weight"].tolist() == [float(chosen) for chosen, _ in numbers(marked[order])]
     assert isinstance(marked["rejected"], TensorDict)
+
+
+def test_pairs_of_every_objective_are_tagged_on_both_sides() -> None:
+    """What is chosen by one objective may be rejected by another, and ties by one leave the other's pair."""
+    rewards = {"warm": torch.tensor([0.0, 1.0, 3.0, 2.0]), "short": torch.tensor([5.0, 4.0, 2.0, 2.0])}
+    rollout = judged(torch.zeros(4), torch.tensor([0, 0, 1, 1])).replace(rewards=rewards)
+    pairs = PairsPerObjective(["warm", "short"])(rollout, {}, {})
+    assert numbers(pairs) == [(1, 0), (2, 3), (0, 1)]
+    assert pairs["objective"].tolist() == [0, 0, 1]
+    assert pairs["rejected"]["columns", "objective"].tolist() == [0, 0, 1]
+    assert check(PairsPerObjective(["warm", "short"]), rollout).messages == []
+
+
+def test_no_more_pairs_of_an_objective_than_asked_for() -> None:
+    rewards = {"warm": torch.arange(8.0), "short": torch.zeros(8)}
+    rollout = judged(torch.zeros(8), torch.arange(8) // 2).replace(rewards=rewards)
+    pairs = PairsPerObjective(["short", "warm"], at_most=3, column="aspect")(rollout, {}, {})
+    assert numbers(pairs) == [(1, 0), (3, 2), (5, 4)]
+    assert pairs["aspect"].tolist() == [1, 1, 1]
+    assert len(PairsPerObjective(["short"])(rollout, {}, {})) == 0
+
+
+def test_objectives_without_a_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"keys='warm', at_most=None; expected a list of components"):
+        PairsPerObjective("warm")
+    with pytest.raises(ValueError, match=r"at least one pair of each"):
+        PairsPerObjective(["warm"], at_most=0)
+    with pytest.raises(ValueError, match=r"no reward 'cold'"):
+        PairsPerObjective(["cold"])(judged(torch.ones(2), torch.zeros(2, dtype=torch.int64)), {}, {})
 
 
 def test_errors() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regimen.functions import aggregate_weights, masked_mean
-from regimen.functions.aggregate import Aggregate
+from regimen.functions.aggregate import Aggregate, group_weights
 
 MASK = torch.tensor([[True, True, True, True], [True, False, False, False], [False, False, False, False]])
 LOSS = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 0.0, 0.0, 0.0], [99.0, 99.0, 99.0, 99.0]])
@@ -77,3 +77,13 @@ def test_one_segment_per_sample_is_the_mean_per_sequence() -> None:
 def test_segment_weights_without_segments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'segment' needs segments \[1, 2\], given are none"):
         aggregate_weights(torch.ones(1, 2, dtype=torch.bool), "segment")
+
+
+def test_a_group_counts_once_however_many_samples_it_has() -> None:
+    """Three samples of loss 0.5 and one of 0.9: 0.7, not their mean 0.6."""
+    weights = group_weights(torch.tensor([4, 4, 7, 4]))
+    assert float((weights * torch.tensor([0.5, 0.5, 0.9, 0.5])).sum()) == pytest.approx(0.7)
+    shares = group_weights(torch.tensor([0, 2, 0]), torch.tensor([1.0, 9.0, 3.0]))
+    assert torch.allclose(shares, torch.tensor([0.125, 0.75, 0.125]))
+    with pytest.raises(ValueError, match="there are no samples"):
+        group_weights(torch.tensor([], dtype=torch.int64))

@@ -9,6 +9,7 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from regimen.functions import row_uniform, sample_tokens, support_size, token_logprob
+from regimen.functions.categorical import draw_tokens
 
 LOGITS = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
 
@@ -82,6 +83,29 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform: float) -> None:
     logits[:, :3], logits[:, 9:] = -torch.inf, -1e9
     tokens = sample_tokens(logits, torch.full((2000,), uniform, dtype=torch.float64))
     assert tokens.unique().tolist() == [3 if uniform == 0 else 8]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 256, 257, 1000, 4096])
+def test_drawing_by_blocks_inverts_the_same_distribution_function(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(300, vocabulary, generator=generator)
+    uniform = torch.rand(300, generator=generator, dtype=torch.float64)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    tokens, logprobs = draw_tokens(logits, uniform)
+    reached = cumulative.gather(-1, tokens[:, None])[:, 0]
+    before = reached - logits.double().softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    assert (uniform > before - 1e-6).all()
+    assert (uniform < reached + 1e-6).all()
+    torch.testing.assert_close(logprobs, token_logprob(logits, tokens), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+def test_a_token_of_probability_zero_is_never_drawn_from_blocks(uniform: float) -> None:
+    logits = torch.full((2, 1000), -1e9)
+    logits[0, 999], logits[1, 500] = 0.0, -3.0
+    drawn = draw_tokens(logits, torch.full((2,), uniform, dtype=torch.float64))
+    assert drawn[0].tolist() == [999, 500]
+    assert drawn[1].tolist() == [0.0, 0.0]
 
 
 def test_a_rows_token_does_not_depend_on_other_rows() -> None:

@@ -75,6 +75,12 @@ def test_clipped_actions_have_no_gradient() -> None:
     torch.testing.assert_close(logprob.grad, torch.tensor([0.0, -0.7, 1.3, 0.0]))
 
 
+@pytest.mark.parametrize("high", [None, 0.28])
+def test_a_ratio_that_is_no_number_is_not_hidden_by_the_clip(high: float | None) -> None:
+    terms, _ = clipped_surrogate(torch.full((2,), torch.nan), torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2, high)
+    assert terms.isnan().all()
+
+
 def test_gradient_against_finite_differences() -> None:
     rng = torch.Generator().manual_seed(0)
     logprob, old, advantage = (torch.randn(20, generator=rng, dtype=torch.float64) for _ in range(3))

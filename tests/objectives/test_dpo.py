@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regimen.cast import Cast
 from regimen.credit.pairs import BestWorstPairSelector
+from regimen.functions.aggregate import group_weights
 from regimen.knobs import Knobs
 from regimen.objectives.base import Batch
 from regimen.objectives.dpo import DPOObjective, dpo_loss, record_logprobs, rejected_rollout
@@ -290,6 +291,85 @@ def test_recorded_logprobs_give_the_loss_of_the_member(cast: dict[str, Writer]) 
         record_logprobs(rows.exclude("rejected"), cast["reference"])
     with pytest.raises(ValueError, match=r"the table of pairs has no 'mask \[N, T\]'"):
         record_logprobs(rows.exclude("mask"), cast["reference"])
+
+
+@pytest.fixture
+def tagged() -> Rollout:
+    """Pairs of two objectives: nine of the first, three of the second."""
+    pairs = BestWorstPairSelector()(written(batch=48), {}, {})
+    return pairs.with_columns(objective=(torch.arange(12) > 8).long())
+
+
+def losses_of(pairs: Rollout, cast: dict[str, Writer]) -> list[float]:
+    """The mean loss of each objective's pairs."""
+    return [float(loss_of(DPOObjective(), pairs[pairs["objective"] == group], cast).detach()) for group in (0, 1)]
+
+
+def test_groups_count_the_same_however_many_pairs_they_have(tagged: Rollout, cast: dict[str, Writer]) -> None:
+    """The mean over objectives of each one's mean; shares weight them; one that is absent does not count."""
+    first, second = losses_of(tagged, cast)
+    grouped = DPOObjective(group_by="objective")
+    assert float(loss_of(grouped, tagged, cast).detach()) == pytest.approx((first + second) / 2)
+    shared = DPOObjective(group_by="objective", group_shares=(3.0, 1.0))
+    assert float(loss_of(shared, tagged, cast).detach()) == pytest.approx(0.75 * first + 0.25 * second)
+    alone = tagged[tagged["objective"] == 1]
+    assert float(loss_of(grouped, alone, cast).detach()) == pytest.approx(second)
+    assert float(loss_of(shared, alone, cast).detach()) == pytest.approx(second)
+
+
+def test_worked_groups() -> None:
+    """Rows of loss 0.598139 and 0.798139, an objective each: 0.698139, and 0.648139 with shares of 0.75 and 0.25."""
+    pair = dpo_loss(doubles(1, -1), doubles(-1, 1), 0.1)
+    assert float((pair * group_weights(torch.tensor([0, 1]))).sum()) == pytest.approx(0.698139, abs=1e-6)
+    shares = torch.tensor([0.75, 0.25])
+    assert float((pair * group_weights(torch.tensor([0, 1]), shares)).sum()) == pytest.approx(0.648139, abs=1e-6)
+
+
+def test_micro_batches_of_groups_add_up(tagged: Rollout, cast: dict[str, Writer]) -> None:
+    """Loss and metrics of slices, of which some lack an objective, are those of the whole."""
+    objective = DPOObjective(group_by="objective", group_shares=(1.0, 2.0))
+    whole = objective(Batch(tagged, cast, {}, torch.Generator()))
+    total, metrics = 0.0, dict.fromkeys(whole.metrics, 0.0)
+    for start in range(0, 12, 5):
+        rows = slice(start, start + 5)
+        batch = Batch(tagged[rows], cast, {}, torch.Generator(), whole=tagged, rows=rows)
+        part = objective(batch)
+        total += float(part.total.detach())
+        for name, value in part.metrics.items():
+            metrics[name] += float(value) * batch.share
+    assert total == pytest.approx(float(whole.total.detach()))
+    assert metrics == pytest.approx({name: float(value) for name, value in whole.metrics.items()})
+
+
+def test_metrics_by_group(tagged: Rollout, cast: dict[str, Writer]) -> None:
+    found = DPOObjective(group_by="objective")(Batch(tagged, cast, {}, torch.Generator())).metrics
+    for group in (0, 1):
+        alone = DPOObjective()(Batch(tagged[tagged["objective"] == group], cast, {}, torch.Generator())).metrics
+        for name, value in alone.items():
+            assert float(found[f"{name}/{group}"]) == pytest.approx(float(value))
+
+
+def test_pairs_that_the_reference_drew_bring_its_logprobs(pairs: Rollout, cast: dict[str, Writer]) -> None:
+    """`recorded="logprobs"` gives the loss of the member, without it."""
+    reference = cast["reference"]
+    rejected = pairs["rejected"].copy()
+    rejected.set("logprobs", reference.distribution(rejected_rollout(pairs)).logprob.detach())
+    drawn = pairs.replace(logprobs=reference.distribution(pairs).logprob.detach()).with_columns(rejected=rejected)
+    ours = loss_of(DPOObjective(recorded="logprobs"), drawn, {"policy": cast["policy"]})
+    assert torch.allclose(ours, loss_of(DPOObjective(), pairs, cast))
+    with pytest.raises(ValueError, match=r"DPOObjective needs 'logprobs'.*at a temperature above 0, or record them"):
+        loss_of(DPOObjective(recorded="logprobs"), pairs, cast)
+
+
+def test_groups_that_do_not_fit(tagged: Rollout, cast: dict[str, Writer]) -> None:
+    with pytest.raises(ValueError, match=r"group_shares=\(1.0,\) of no groups; name a column as group_by"):
+        DPOObjective(group_shares=(1.0,))
+    with pytest.raises(ValueError, match=r"groups \[0, 1\] and 1 shares"):
+        loss_of(DPOObjective(group_by="objective", group_shares=(1.0,)), tagged, cast)
+    with pytest.raises(ValueError, match=r"the groups \[0, 1\] have shares \[0.0, 0.0\]; expected at least 0, and one"):
+        loss_of(DPOObjective(group_by="objective", group_shares=(0.0, 0.0)), tagged, cast)
+    with pytest.raises(KeyError, match="no column 'aspect'"):
+        loss_of(DPOObjective(group_by="aspect"), tagged, cast)
 
 
 def test_errors(pairs: Rollout, cast: dict[str, Writer]) -> None:

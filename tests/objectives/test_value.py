@@ -69,6 +69,15 @@ def test_clipped_value_beyond_reach_has_no_gradient() -> None:
     assert float(values.grad) == 0
 
 
+def test_a_value_that_has_not_left_the_clip_has_the_whole_gradient() -> None:
+    """Also where the two errors differ by no more than rounding."""
+    rng = torch.Generator().manual_seed(0)
+    old, moved, target = torch.randn(3, 1000, generator=rng)
+    values = (old + 0.29 * moved.clamp(-1, 1)).requires_grad_()
+    value_loss(values, target, old, 0.3).sum().backward()
+    torch.testing.assert_close(values.grad, 2 * (values.detach() - target))
+
+
 def test_mean_over_steps_that_are_learned_from() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     rollout = targets(torch.tensor([[0.0, 3.0, torch.nan], [1.5, torch.nan, torch.nan]]), mask)

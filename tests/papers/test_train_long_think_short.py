@@ -420,3 +420,11 @@ def test_the_example_runs_and_goes_on_where_it_was(
     assert "questions/accuracy" in first
     runpy.run_path(str(example))
     assert capsys.readouterr().out == first
+
+
+def test_more_held_out_questions_than_there_are_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"held_out is 256, and there are 256 questions of 3 digits below 4"):
+        ChainsWorld(0, digits=3, modulus=4, held_out=256)
+    world = ChainsWorld(0, digits=2, modulus=2, held_out=7)
+    assert len({row["question"] for row in world.test}) == 7
+    assert {row["question"] for row in world.rows(2, seed=0)}.isdisjoint(row["question"] for row in world.test)

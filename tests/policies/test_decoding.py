@@ -105,28 +105,36 @@ def test_dropping_finished_rows_changes_nothing(
     same(found[0], found[2])
 
 
-def spied(network: CausalLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The shapes of the tokens that the network reads from now on."""
+def spied(network: CausalLM, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, int]], list[int]]:
+    """The shapes of prompts that the network reads from now on, and of how many rows it gives logits."""
     shapes: list[tuple[int, int]] = []
+    rows: list[int] = []
     hidden: Callable[..., Tensor] = network.hidden
+    logits: Callable[..., Tensor] = network.logits
 
-    def noting(ids: Tensor, **options: Any) -> Tensor:
-        shapes.append((ids.shape[0], ids.shape[1]))
+    def reading(ids: Tensor, **options: Any) -> Tensor:
+        if ids.shape[1] > 1:
+            shapes.append((ids.shape[0], ids.shape[1]))
         return hidden(ids, **options)
 
-    monkeypatch.setattr(network, "hidden", noting)
-    return shapes
+    def noting(states: Tensor) -> Tensor:
+        rows.append(len(states))
+        return logits(states)
+
+    monkeypatch.setattr(network, "hidden", reading)
+    monkeypatch.setattr(network, "logits", noting)
+    return shapes, rows
 
 
 def test_a_groups_prompt_is_read_once_and_finished_rows_no_more(
     network: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = spied(network, monkeypatch)
+    shapes, rows = spied(network, monkeypatch)
     found = run(network, [0] * 8 + [1] * 8, range(16), Sampling(), STARTS[:2])
-    longest = found.tokens.shape[1]
-    assert shapes[0] == (2, 6)
-    assert [length for _, length in shapes[1:]] == [1] * (longest - 1)
-    read = [rows for rows, _ in shapes[1:]]
+    assert shapes == [(2, 6)]
+    assert rows[0] == 2
+    read = rows[1:]
+    assert len(read) == found.tokens.shape[1] - 1
     assert read[0] <= 16
     assert read == sorted(read, reverse=True)
     for step, rows in enumerate(read, 1):
@@ -135,12 +143,12 @@ def test_a_groups_prompt_is_read_once_and_finished_rows_no_more(
 
 
 def test_a_batch_that_ends_at_once_is_read_once(networks: dict[str, CausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = spied(networks["llama"], monkeypatch)
+    shapes, rows = spied(networks["llama"], monkeypatch)
     found = decode(
         networks["llama"], STARTS, torch.arange(3), Sampling(max_new_tokens=9),
         lambda tokens, length: torch.ones(len(tokens), dtype=torch.bool), torch.arange(3),
     )  # fmt: skip
-    assert len(shapes) == 1
+    assert len(shapes) == len(rows) == 1
     assert found.tokens.shape == (3, 1)
     assert found.ended.tolist() == [True] * 3
 

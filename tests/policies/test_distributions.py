@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, distributions
 
+from regimen.functions.categorical import sample_tokens
 from regimen.policies.distributions import Categorical, Gaussian, SquashedGaussian
 
 LOW, HIGH = torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([1.0, 2.0, 5.0])
@@ -136,3 +137,15 @@ def test_continuous_samples_have_a_gradient() -> None:
 def test_a_squashed_gaussian_says_that_it_has_no_entropy() -> None:
     with pytest.raises(NotImplementedError, match="SquashedGaussian has no entropy in closed form; use the log-prob"):
         squashed()[0].entropy()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 500])
+def test_a_drawn_action_is_the_inverse_of_the_distribution_function(rows: int) -> None:
+    """Few numbers are inverted by numpy, many by torch, to the same actions."""
+    logits = 3 * drawn(5, rows, 4).float()
+    logits[:, 1] = -torch.inf
+    found = Categorical(logits).sample(torch.Generator().manual_seed(1))
+    uniform = torch.rand(rows, generator=torch.Generator().manual_seed(1))
+    assert found.dtype == torch.int64
+    assert torch.equal(found, sample_tokens(logits, uniform))
+    assert not (found == 1).any()

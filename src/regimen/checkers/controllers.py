@@ -13,7 +13,6 @@ from torch import Tensor
 
 from regimen.checkers.findings import Findings, storable
 from regimen.checkers.setting import Setting
-from regimen.checkers.stand_ins import credited, stand_in_rollout
 from regimen.controllers.base import Controller, Moment, Situation, needs_of
 from regimen.rollout import Rollout
 
@@ -53,7 +52,7 @@ def check_controller(controller: Controller, setting: Setting, findings: Finding
 def _act(controller: Controller, step: int, setting: Setting, findings: Findings) -> dict[str, float]:
     metrics = dict(setting.metrics)
     knobs = {name: setting.values.get(name, 1.0) for name in controller.moves} | dict(setting.values)
-    insight = None if needs_of(controller) is None else _StandInInsight(step)
+    insight = None if needs_of(controller) is None else _StandInInsight(step, setting)
     situation = Situation(step, TOTAL, metrics, knobs, insight)
     moved: Any = findings.attempt(
         f"controller(situation) at step {step} (metrics: {', '.join(metrics) or 'none'})", lambda: controller(situation)
@@ -75,8 +74,8 @@ def _act(controller: Controller, step: int, setting: Setting, findings: Findings
 class _StandInInsight:
     """Losses and gradients that differ by name and step, for a controller that needs some."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, setting: Setting) -> None:
+        self.step, self.setting = step, setting
 
     def losses(self, *names: str) -> dict[str, float]:
         return {name: float(self._drawn(name, 1)) for name in names}
@@ -85,7 +84,7 @@ class _StandInInsight:
         return {name: self._drawn(name, 8) for name in names}
 
     def probe(self) -> Rollout:
-        return credited(stand_in_rollout())
+        return self.setting.credited
 
     def probe_gradient(self, rollout: Rollout) -> Tensor:
         return self._drawn("probe", 8)

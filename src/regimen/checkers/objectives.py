@@ -50,7 +50,7 @@ def _ask(
     whole: Rollout | None = None,
     rows: slice = slice(None),
 ) -> Loss:
-    knobs = declared_knobs({objective.term_name: objective}, setting.values)
+    knobs = declared_knobs({objective.term_name: objective, **setting.cast}, setting.values)
     rng = torch.Generator(rollout.mask.device).manual_seed(seed) if rng is None else rng
     batch = Batch(rollout, setting.cast, knobs, rng, whole=whole, rows=rows)
     with torch.enable_grad():

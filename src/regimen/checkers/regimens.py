@@ -19,6 +19,7 @@ from regimen.checkers.objectives import check_objective
 from regimen.checkers.rewards import check_reward
 from regimen.checkers.setting import Setting
 from regimen.checkers.tasks import check_task
+from regimen.controllers.base import Controller, needs_of
 from regimen.regimen import Regimen, Stage
 from regimen.rewards.base import Expression, Scene
 from regimen.rewards.expression import Composition, TaskReward
@@ -57,7 +58,9 @@ def _check_stage(stage: Stage, setting: Setting, findings: Findings) -> None:
     for task in stage.tasks:
         run(f"task '{task.name}'", check_task, task, None)
     for controller in stage.controllers:
-        run(f"controller {type(controller).__name__}", check_controller, controller, None)
+        name = f"controller {type(controller).__name__}"
+        what = f"stage '{stage.name}', the probe of {name}"
+        run(name, check_controller, controller, findings.attempt(what, partial(_probed, controller, stage, setting)))
     rollout = findings.attempt(f"stage '{stage.name}', collecting from its tasks", lambda: _collected(stage, setting))
     if (reward := stage.reward) is not None:
         run("reward", check_reward, reward, rollout)
@@ -76,6 +79,20 @@ def _judged(reward: Expression, rollout: Rollout, setting: Setting, timeout_s: f
     judged, _ = judge(reward, rollout, Scene(setting.cast, setting.values, timeout_s))
     reward.load_state_dict(state)
     return judged
+
+
+def _probed(controller: Controller, stage: Stage, setting: Setting) -> Rollout | None:
+    """What a controller's probe gives, if it needs one; the task's place in its data stays where it was."""
+    needs = needs_of(controller)
+    if needs is None or (probe := needs.probe) is None:
+        return None
+    state = copy.deepcopy(probe.task.state_dict())
+    rng = torch.Generator(setting.device).manual_seed(0)
+    rollout: Rollout = probe.task.collect(setting.cast, setting.values, rng, probe.size)
+    probe.task.load_state_dict(state)
+    if probe.reward is not None:
+        rollout = _judged(probe.reward, rollout, setting, stage.reward_timeout_s)
+    return rollout if probe.credit is None else probe.credit(rollout, setting.values, setting.cast)
 
 
 def _collected(stage: Stage, setting: Setting) -> Rollout:

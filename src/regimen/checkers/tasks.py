@@ -59,14 +59,16 @@ def _collect(task: Task, size: int, setting: Setting, findings: Findings, seed: 
 
 def _check_rollout(task: Task, rollout: Rollout, size: int, setting: Setting, findings: Findings) -> None:
     findings.insist(len(rollout) == size, f"collect was asked for {size} samples and returned {len(rollout)}")
+    names = getattr(task, "collects", (task.name,))
     findings.need(
-        rollout.task_names == (task.name,),
-        f"the rollout is of task {rollout.task_names}, expected {(task.name,)}; use Rollout.create(task=self.name)",
+        rollout.task_names == names,
+        f"the rollout is of task {rollout.task_names}, expected {names}; use Rollout.create(task=self.name)",
     )
     counts = rollout.group.unique(return_counts=True)[1].tolist()
+    siblings = task.group_size // len(names)
     findings.need(
-        set(counts) == {task.group_size},
-        f"groups have sizes {counts}, expected {task.group_size} each (group_size); give siblings the same group",
+        set(counts) == {siblings},
+        f"groups have sizes {counts}, expected {siblings} each (group_size); give siblings the same group",
     )
     findings.need(
         not bool((rollout.loss_mask & ~rollout.mask).any()),

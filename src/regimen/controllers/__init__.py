@@ -2,12 +2,20 @@
 
 from regimen.controllers.base import Controller, Insight, Moment, Needs, Probe, Situation
 from regimen.controllers.curves import Alternating, Constant, Cosine, Curve, Exponential, Linear, Piecewise, Steps
+from regimen.controllers.discount import (
+    AutomaticDiscountScheduler,
+    discount_from_progress,
+    longest_increasing_subsequence,
+    match_score,
+)
 from regimen.controllers.meta_gradient import MetaGradientWeight, TargetEntropy, meta_gradient, mixed_weight_step
 from regimen.controllers.mixture import TaskMixture
+from regimen.controllers.phases import Phase, Phases
 from regimen.controllers.schedule import Schedule
 
 __all__ = [
     "Alternating",
+    "AutomaticDiscountScheduler",
     "Constant",
     "Controller",
     "Cosine",
@@ -18,6 +26,8 @@ __all__ = [
     "MetaGradientWeight",
     "Moment",
     "Needs",
+    "Phase",
+    "Phases",
     "Piecewise",
     "Probe",
     "Schedule",
@@ -25,6 +35,9 @@ __all__ = [
     "Steps",
     "TargetEntropy",
     "TaskMixture",
+    "discount_from_progress",
+    "longest_increasing_subsequence",
+    "match_score",
     "meta_gradient",
     "mixed_weight_step",
 ]

@@ -24,7 +24,9 @@ class Probe:
         size: samples, in whole groups of the task; they are counted with those of training.
         reward: an expression of rewards, if they are judged.
         credit: what turns the reward into advantages, if anything.
-        objective: a loss on these samples, for `Insight.probe_gradient`.
+        objective: a loss on these samples, for `Insight.probe_gradient`; over the members of the update that `Needs`
+            names.
+        evaluating: whether the knobs have their evaluation values (exploration switched off, say).
     """
 
     task: Any
@@ -32,6 +34,7 @@ class Probe:
     reward: Any = None
     credit: Any = None
     objective: Any = None
+    evaluating: bool = False
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
@@ -45,12 +48,13 @@ class Needs:
     """What a controller needs beside metrics and knobs, as its attribute `needs`.
 
     Attributes:
-        update: the update whose losses and gradients it may ask for; they are over that update's members.
+        update: the update whose losses and gradients it may ask for; they are over that update's members. None, if it
+            only looks at a probe's samples.
         losses: those that it asks for, by name: of a component (`"sft"`), or of a sum in it (`"surrogate+entropy"`).
         probe: a small rollout of its own.
     """
 
-    update: str
+    update: str | None = None
     losses: tuple[str, ...] = ()
     probe: Probe | None = None
 

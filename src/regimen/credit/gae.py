@@ -35,6 +35,8 @@ class GAE:
         critic: member of the cast, `critic(rollout) -> [B, T]`.
         reads: a policy of the cast; the critic is then given the hidden states `[B, T, D]` of its step distribution
             instead of the rollout (a `ValueHead`).
+        discount: a knob that multiplies the rollout's own discount, for samples whose task records none that moves
+            (texts; an `EnvTask(discount=None)`). `None` leaves the rollout's discount as it is.
     """
 
     lam: float = 0.95
@@ -42,6 +44,7 @@ class GAE:
     values: str = "values"
     critic: str = "critic"
     reads: str | None = None
+    discount: Knob | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
@@ -51,8 +54,8 @@ class GAE:
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
-        """It reads none: a scheduled discount is in the rollout."""
-        return ()
+        """The discount, if it is one; otherwise that in the rollout counts."""
+        return () if self.discount is None else (self.discount,)
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, knobs: Mapping[str, float], cast: Mapping[str, Any]) -> Rollout:
@@ -65,8 +68,9 @@ class GAE:
             raise ValueError("GAE: the rollout has no reward; give the stage a reward that trains")
         reward = on_last_step(rollout.reward, rollout.mask) if rollout.reward.ndim == 1 else rollout.reward
         values = self._values(rollout, cast)
+        discount = rollout.discount if self.discount is None else rollout.discount * knobs[self.discount.name]
         advantages, target = gae(
-            reward, values, rollout.discount, self.lam, rollout.mask, self._bootstrap(rollout, cast),
+            reward, values, discount, self.lam, rollout.mask, self._bootstrap(rollout, cast),
             cut=_column(rollout, "cut"), decided=rollout.loss_mask,
         )  # fmt: skip
         if self.normalize is not None:

@@ -8,7 +8,7 @@ columns `[P]`: `margin`, `smoothing`, `weight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,3 +99,49 @@ class BestWorstPairSelector:
                 "a reward that has it"
             )
         return scores if scores.ndim == 1 else torch.where(rollout.mask, scores, 0).sum(1)
+
+
+@dataclass(frozen=True)
+class PairsPerObjective:
+    """Pairs of every group by each of several objectives, tagged with the objective in a column (both sides).
+
+    A vector reward stays one: what is best by one objective may be worst by another, and the objectives do not
+    filter each other's pairs. Source: arXiv 2510.01167, section 3.
+
+    Attributes:
+        keys: names of raw components, in the order of the column's numbers.
+        min_gap: see `BestWorstPairSelector`.
+        at_most: pairs of each objective, the first ones; all by default. Objectives on which siblings often agree have
+            fewer pairs.
+        column: int64 `[P]`, which objective.
+    """
+
+    keys: Sequence[str]
+    min_gap: float = 0.0
+    at_most: int | None = None
+    column: str = "objective"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keys, str) or not self.keys or (self.at_most is not None and self.at_most < 1):
+            raise ValueError(
+                f"PairsPerObjective: keys={self.keys!r}, at_most={self.at_most}; expected a list of components, and at "
+                "least one pair of each"
+            )
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """It reads none."""
+        return ()
+
+    def __call__(self, rollout: Rollout, knobs: Mapping[str, float], cast: Mapping[str, Any]) -> Rollout:
+        """The pairs of the first objective, then those of the second, ...
+
+        Raises:
+            ValueError: the rollout has no such component.
+        """
+        parts = []
+        for place, key in enumerate(self.keys):
+            tag = torch.full((len(rollout),), place, device=rollout.mask.device)
+            select = BestWorstPairSelector(key, self.min_gap)
+            parts.append(select(rollout.with_columns(**{self.column: tag}), knobs, cast)[: self.at_most])
+        return Rollout.cat(parts)

@@ -6,12 +6,16 @@ from regimen.estimators.boosting import (
     RobustMultiTaskGradientBoostingRegressor,
     minority_score,
 )
+from regimen.estimators.progress import LinearProgress, MeasureMisfit, RecordedProgress
 from regimen.estimators.reading import FitEstimator, Reading
 from regimen.estimators.rounds import theta_gradient
 
 __all__ = [
     "FitEstimator",
+    "LinearProgress",
+    "MeasureMisfit",
     "Reading",
+    "RecordedProgress",
     "RobustMultiTaskGradientBoosting",
     "RobustMultiTaskGradientBoostingClassifier",
     "RobustMultiTaskGradientBoostingRegressor",

@@ -12,11 +12,15 @@ from regimen.functions.flow import (
     velocity_target,
 )
 from regimen.functions.images import closeness, nearest_distance
+from regimen.functions.pass_rate import pass_rate
 from regimen.functions.trajectories import min_ade, min_fde, straight_on
+from regimen.functions.transport import cosine_cost, euclidean_cost, sinkhorn, transport_rewards
 
 __all__ = [
     "aggregate_weights",
     "closeness",
+    "cosine_cost",
+    "euclidean_cost",
     "flow_sde_coefficients",
     "flow_sde_step",
     "gaussian_kl",
@@ -27,11 +31,14 @@ __all__ = [
     "min_ade",
     "min_fde",
     "nearest_distance",
+    "pass_rate",
     "row_uniform",
     "sample_tokens",
     "shifted_sigmas",
+    "sinkhorn",
     "straight_on",
     "support_size",
     "token_logprob",
+    "transport_rewards",
     "velocity_target",
 ]

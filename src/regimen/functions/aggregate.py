@@ -63,6 +63,35 @@ def _per_segment(weights: Tensor, segment: Tensor) -> Tensor:
     return weights / steps[key].view_as(weights).clamp(min=1) / (steps > 0).sum().clamp(min=1)
 
 
+def group_weights(group: Tensor, share: Tensor | None = None) -> Tensor:
+    """Weights `[B]` with which a sum over samples is a mean over groups of the means within them.
+
+    Groups that are not there leave the others' weights at sum 1: with shares `a`, group `g` counts
+    `a_g / sum of a over those present`, however many samples it has.
+
+    Args:
+        group: int64 `[B]`.
+        share: `[G]`, what group 0, 1, ... counts; all the same by default.
+
+    Raises:
+        ValueError: no samples, a group beyond the shares, or shares of which none of those present is above 0.
+    """
+    if not len(group):
+        raise ValueError("group_weights: there are no samples, so no group has a mean; give at least one")
+    if share is not None and not 0 <= int(group.min()) <= int(group.max()) < len(share):
+        raise ValueError(
+            f"group_weights: groups {group.unique().tolist()[:5]} and {len(share)} shares; expected a share for each"
+        )
+    present, place, count = group.unique(return_inverse=True, return_counts=True)
+    shares = torch.ones(len(present), device=group.device) if share is None else share.to(group.device)[present]
+    if not bool((shares >= 0).all()) or float(shares.sum()) <= 0:
+        raise ValueError(
+            f"group_weights: the groups {present.tolist()[:5]} have shares {shares.tolist()[:5]}; expected at least 0, "
+            "and one above 0"
+        )
+    return (shares / shares.sum() / count)[place]
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of `values` where `mask` is true; 0 where it is true nowhere. Shapes `[...]` equal; result `[]`."""
     if values.shape != mask.shape:

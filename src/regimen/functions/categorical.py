@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# Numbers up to which one cumulative sum is faster than two of blocks.
+_SHORT = 256
+
 
 def support_size(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """How many of the likeliest tokens top-k and nucleus sampling keep, int64 `[R]` (Holtzman et al. 2020).
@@ -85,29 +88,56 @@ def in_blocks(function: Callable[..., Tensor], size: int, *tensors: Tensor | Non
     return torch.cat(parts)
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Tokens int64 `[R]` by inverting the distribution function at `uniform [R]` in [0, 1).
+def draw_tokens(logits: Tensor, uniform: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens int64 `[R]` by inverting the distribution function at `uniform [R]`, and their log-probabilities `[R]`.
 
-    The same number gives the same token whatever the other rows are.
+    The same number gives the same token whatever the other rows are. One exponential of every logit serves both; there
+    is no gradient.
 
     Args:
         logits: `[R, V]`, after the temperature.
-        uniform: one number per row.
+        uniform: one number in [0, 1) per row.
         kept: size of each row's support, see `support_size`; everything by default.
     """
     if kept is None:
-        return _invert(logits.softmax(-1), uniform)
+        return _drawn(logits, uniform)
     values, order = logits.topk(int(kept.max()), -1)
     outside = torch.arange(values.shape[-1], device=logits.device) >= kept[:, None]
-    place = _invert(values.masked_fill(outside, -torch.inf).softmax(-1), uniform)
-    return order.gather(-1, place[:, None]).squeeze(-1)
+    place, logprob = _drawn(values.masked_fill(outside, -torch.inf), uniform)
+    return order.gather(-1, place[:, None]).squeeze(-1), logprob
 
 
-def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    # Below 1, a number times the total is below the total however it is rounded: the token has some probability.
-    at = uniform.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, at, right=True).squeeze(-1)
+def sample_tokens(logits: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
+    """The tokens of `draw_tokens`."""
+    return draw_tokens(logits, uniform, kept)[0]
+
+
+@torch.no_grad()
+def _drawn(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    (rows, vocabulary), uniform = logits.shape, uniform.double()[:, None]
+    width = 1 if vocabulary <= _SHORT else round(vocabulary**0.5)
+    weights = logits.new_zeros(rows, -(-vocabulary // width) * width)
+    highest = logits.amax(-1, keepdim=True)
+    torch.sub(logits, highest, out=weights[:, :vocabulary]).exp_()
+    blocks = weights.view(rows, -1, width)
+    sums = weights if width == 1 else blocks.sum(-1)
+    cumulative = sums.cumsum(-1, dtype=torch.float64)
+    tokens, at = _reached(cumulative, uniform)
+    if width > 1:
+        # What is left of the number, in [0, 1), finds the token in its block.
+        rest = 1 - (cumulative.gather(-1, tokens) - at) / sums.gather(-1, tokens)
+        inside = blocks.gather(1, tokens[:, :, None].expand(-1, 1, width)).squeeze(1)
+        places, _ = _reached(inside.cumsum(-1, dtype=torch.float64), rest.clamp(0, 1 - 2.0**-53))
+        tokens = tokens * width + places
+    logprobs = logits.gather(-1, tokens) - highest - cumulative[:, -1:].log().to(logits.dtype)
+    return tokens.squeeze(-1), logprobs.squeeze(-1)
+
+
+def _reached(cumulative: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `cumulative [R, N]` goes beyond a share `[R, 1]` of its total, and how much that share is."""
+    # Below 1, a number times the total is below the total however it is rounded: the place has some weight.
+    at = uniform * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True), at
 
 
 def row_uniform(seeds: Tensor, step: int | Tensor) -> Tensor:

@@ -31,6 +31,11 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
     return noise - data
 
 
+def predicted_data(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """The clean sample `x - sigma v` where the straight path through states `x [B, ...]` at times `sigma [B]` ends."""
+    return x - expand_as(sigma, x) * velocity
+
+
 def shifted_sigmas(steps: int, shift: float = 1.0) -> Tensor:
     """Sampling grid `[steps + 1]` from 1 to 0, with `u = 1 - i / steps` and `s u / (1 + (s - 1) u)`.
 

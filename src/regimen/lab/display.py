@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from regimen.lab.experiment import SPENT
 from regimen.lab.jobs import Note
 from regimen.lab.results import bracket, left_out, number, shown_metrics
 from regimen.lab.runner import Key
@@ -19,7 +20,6 @@ from regimen.lab.runner import Progress as Told
 
 COLOURS = {"holds": "green", "unclear": "yellow", "does not hold": "red"}
 _LOG_PAUSE_S = 10.0
-_SPENT = ("samples", "rows", "gradient_steps", "seconds")
 
 
 class Display:
@@ -156,11 +156,11 @@ def spent_table(results: Mapping[str, Any]) -> Table:
     """What each arm cost, its start included, means over seeds."""
     table = Table(title="Spent per seed", title_justify="left", title_style="bold")
     table.add_column("arm")
-    for name in ("samples", "rows of data", "gradient steps", "seconds"):
+    for name in SPENT.values():
         table.add_column(name, justify="right")
     for arm, title in _trained(results).items():
         seeds = results["arms"][arm].values()
-        spent = (sum(entry[what] for entry in seeds) / len(seeds) for what in _SPENT)
+        spent = (sum(entry.get(what, 0) for entry in seeds) / len(seeds) for what in SPENT)
         table.add_row(escape(title), *(f"{value:,.0f}" for value in spent))
     return table
 

@@ -12,6 +12,15 @@ from typing import Any, Literal
 
 from regimen.regimen import Regimen
 
+SPENT = {
+    "samples": "samples",
+    "rows": "rows of data",
+    "drawn": "drawn anew",
+    "gradient_steps": "gradient steps",
+    "seconds": "seconds",
+}
+"""What an arm is charged, and how reports call it; see `regimen.iteration.Counters`."""
+
 Settings = Any
 """A paper's own frozen dataclass of numbers; a scale is an instance of it."""
 
@@ -60,8 +69,9 @@ class ArmResult:
     Attributes:
         evaluations: the records of `metrics.jsonl` of kind "evaluation", in order; each has `stage`, `step`,
             `iterations` and `metrics`. The first, of stage "start", is of the cast it started from.
-        samples, rows, gradient_steps, seconds: spent by the arm and the arms that it starts from.
+        samples, rows, gradient_steps, seconds, drawn: spent by the arm and the arms that it starts from, see `SPENT`.
         warnings: health warnings with counts.
+        gradients: by update, the largest norm that a gradient of the arm's own training had, before it was limited.
     """
 
     evaluations: Sequence[Mapping[str, Any]]
@@ -69,7 +79,9 @@ class ArmResult:
     rows: int
     gradient_steps: int
     seconds: float
+    drawn: int = 0
     warnings: Mapping[str, int] = field(default_factory=dict)
+    gradients: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def final(self) -> Mapping[str, float]:

@@ -21,11 +21,12 @@ import torch
 
 from regimen.lab.cache import CacheEntry, content_key
 from regimen.lab.crew import Line, Stopped
-from regimen.lab.experiment import Arm, ArmResult, Paper, Settings
+from regimen.lab.experiment import SPENT, Arm, ArmResult, Paper, Settings
 from regimen.lab.settings import build
 from regimen.loop import Interrupted, train
 from regimen.progress import Event
 from regimen.regimen import Regimen
+from regimen.runs import read_metrics
 from regimen.storage import StorageError, load_tree, write_text
 
 RESULT, OUTPUT = "result.json", "output.txt"
@@ -86,7 +87,8 @@ class Note:
 class JobResult:
     """What a finished job did: its stages, its evaluations, what it spent itself, health warnings with counts.
 
-    If it was `cached`, an earlier experiment spent that; it is charged all the same.
+    `gradients` are the largest norms, by update. If it was `cached`, an earlier experiment spent that; it is charged
+    all the same.
     """
 
     stages: list[str]
@@ -97,6 +99,8 @@ class JobResult:
     seconds: float
     warnings: dict[str, int]
     cached: bool = False
+    drawn: int = 0
+    gradients: dict[str, float] = field(default_factory=dict)
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:
@@ -119,11 +123,9 @@ def charged(arm: Arm, paper: Paper, results: Mapping[str, JobResult]) -> ArmResu
         spent.append(results[arm.name])
     return ArmResult(
         own.evaluations,
-        samples=sum(part.samples for part in spent),
-        rows=sum(part.rows for part in spent),
-        gradient_steps=sum(part.gradient_steps for part in spent),
-        seconds=sum(part.seconds for part in spent),
+        **{what: sum(getattr(part, what) for part in spent) for what in SPENT},
         warnings=own.warnings,
+        gradients=own.gradients,
     )
 
 
@@ -155,12 +157,21 @@ def _train(job: Job, paper: Paper, line: Line) -> JobResult:
     return JobResult(
         stages=[stage.name for stage in regimen.stages],
         evaluations=outcome.evaluations,
-        samples=spent.samples,
-        rows=spent.rows,
-        gradient_steps=spent.gradient_steps,
-        seconds=spent.seconds,
+        **{what: getattr(spent, what) for what in SPENT},
         warnings=outcome.warnings,
+        gradients=_largest_gradients(job.folder),
     )
+
+
+def _largest_gradients(folder: Path) -> dict[str, float]:
+    """By update, over all steps of a run."""
+    largest: dict[str, float] = {}
+    for record in read_metrics(folder / "metrics.jsonl"):
+        for name, value in record["metrics"].items():
+            update, _, metric = name.rpartition("/")
+            if metric == "grad_norm":
+                largest[update] = max(value, largest.get(update, 0.0))
+    return largest
 
 
 def _cache_entry(job: Job, paper: Paper) -> CacheEntry | None:

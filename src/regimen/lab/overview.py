@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from regimen.lab.experiment import SPENT
 from regimen.lab.results import bracket, number
 
 _KEPT = ("name", "text", "mean", "low", "high", "above", "verdict", "judged")
-_SPENT = ("samples", "rows", "gradient_steps", "seconds")
 _FACTS = ("verdict", "scale", "seeds", "versions", "machine", "wall_clock_seconds")
 
 
@@ -22,7 +22,7 @@ def digest(results: Mapping[str, Any]) -> dict[str, Any]:
         "claims": [{name: claim[name] for name in _KEPT} for claim in results["claims"]],
         "spent": {
             results["paper"]["arms"][arm]["title"]: {
-                what: round(sum(seed[what] for seed in seeds.values()) / len(seeds), 1) for what in _SPENT
+                what: round(sum(seed.get(what, 0) for seed in seeds.values()) / len(seeds), 1) for what in SPENT
             }
             for arm, seeds in results["arms"].items()
             if seeds
@@ -42,8 +42,8 @@ def overview(digests: Mapping[str, Mapping[str, Any]]) -> str:
         *(line for slug, entry in digests.items() for line in _claim_lines(slug, entry)),
     ]
     spent = [
-        "| paper | arm | samples | rows of data | gradient steps | seconds |",
-        "|---|---|---|---|---|---|",
+        f"| paper | arm | {' | '.join(SPENT.values())} |",
+        f"|---|---|{'---|' * len(SPENT)}",
         *(line for slug, entry in digests.items() for line in _spent_lines(slug, entry)),
     ]
     return "\n".join(["### Claims", "", *claims, "", "### Spent per seed", "", *spent]) + "\n"
@@ -63,6 +63,6 @@ def _claim_lines(slug: str, entry: Mapping[str, Any]) -> list[str]:
 
 def _spent_lines(slug: str, entry: Mapping[str, Any]) -> list[str]:
     return [
-        f"| `{slug}` | {arm} | " + " | ".join(f"{spent[what]:,.0f}" for what in _SPENT) + " |"
+        f"| `{slug}` | {arm} | " + " | ".join(f"{spent.get(what, 0):,.0f}" for what in SPENT) + " |"
         for arm, spent in entry["spent"].items()
     ]

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from regimen.lab import curves, plots
+from regimen.lab.experiment import SPENT
 from regimen.lab.jobs import run_folder
 from regimen.lab.results import bracket, left_out, number, read_results, shown_metrics
 from regimen.lab.settings import format_seeds
@@ -20,7 +21,6 @@ from regimen.storage import StorageError, replacing, write_text
 
 FILE = "report.html"
 _TONES = {"holds": "holds", "unclear": "unclear", "does not hold": "not"}
-_SPENT = {"samples": "samples", "rows": "rows of data", "gradient_steps": "gradient steps", "seconds": "seconds"}
 _TEXT_LINES = 20
 
 Results = Mapping[str, Any]
@@ -99,7 +99,7 @@ def _words(results: Results) -> dict[str, Any]:
         "planned": len(results["arms"]) * len(results["seeds"]),
         "reasons": _reasons(results),
         "arms": [_arm(results, name) for name in curves.trained(results)],
-        "spent_labels": list(_SPENT.values()),
+        "spent_labels": list(SPENT.values()),
         "warnings": _warnings(results),
         "command": command(results),
         "duration": f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min",
@@ -127,7 +127,7 @@ def _arm(results: Results, name: str) -> dict[str, Any]:
     paper, seeds = results["paper"], results["arms"][name]
     found = results["intervals"][name]
     spent = []
-    for what in _SPENT:
+    for what in SPENT:
         value, reference = _spent(seeds, what), _spent(results["arms"].get(paper["method"], {}), what)
         differs = reference and what != "seconds" and abs(value / reference - 1) > 0.005
         spent.append({"value": f"{value:,.0f}", "factor": f"× {value / reference:.2f}" if differs else ""})
@@ -141,7 +141,7 @@ def _arm(results: Results, name: str) -> dict[str, Any]:
 
 
 def _spent(seeds: Mapping[str, Any], what: str) -> float:
-    return sum(entry[what] for entry in seeds.values()) / len(seeds) if seeds else 0.0
+    return sum(entry.get(what, 0) for entry in seeds.values()) / len(seeds) if seeds else 0.0
 
 
 def _warnings(results: Results) -> list[dict[str, Any]]:

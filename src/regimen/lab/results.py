@@ -8,9 +8,9 @@ Numbers that are not finite are `null`. Version 1 holds:
 - `scale`, `seeds`; `settings` (all of the paper's); `changed` (those given by `--set`, knobs among them)
 - `versions` (regimen, python, torch, numpy); `machine` (platform, cpus, workers)
 - `arms`: by arm and by seed: `stages`, `evaluations` (`stage`, `step`, `iterations`, `samples`, `rows`,
-  `gradient_steps`, `metrics`), `final` (metrics at the end), `samples`, `rows`, `gradient_steps`, `seconds` (those of
-  the arms that it starts from included), `own` (the same four without them), `cached` (whether an earlier experiment
-  trained it), `warnings` (counts by text)
+  `drawn`, `gradient_steps`, `metrics`), `final` (metrics at the end), `samples`, `rows`, `drawn`, `gradient_steps`,
+  `seconds` (those of the arms that it starts from included), `own` (the same five without them), `cached` (whether an
+  earlier experiment trained it), `warnings` (counts by text)
 - `intervals`: by arm and by metric: `mean`, `low`, `high` over seeds at the end
 - `claims`: `name`, `text`, `arms`, `above`, `judged`, `values` (by seed), `missing` (reason by seed), `mean`, `low`,
   `high`, `verdict`, `note`
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 import regimen
-from regimen.lab.experiment import ArmResult, ExperimentError, Paper, Settings
+from regimen.lab.experiment import SPENT, ArmResult, ExperimentError, Paper, Settings
 from regimen.lab.jobs import JobResult, charged
 from regimen.lab.statistics import Interval, JudgedClaim, intervals, judge_claim, verdict
 from regimen.storage import write_text
@@ -135,7 +135,6 @@ class Findings:
         return content
 
     def _arm(self, name: str, results: Mapping[int, Mapping[str, ArmResult]]) -> dict[str, Any]:
-        spent = ("samples", "rows", "gradient_steps", "seconds")
         entries = {}
         for seed in self.seeds:
             if name not in results.get(seed, {}):
@@ -147,8 +146,8 @@ class Findings:
                     {k: v for k, v in record.items() if k not in ("kind", "time")} for record in own.evaluations
                 ],
                 "final": result.final if own.evaluations else {},
-                **{what: getattr(result, what) for what in spent},
-                "own": {what: getattr(own, what) for what in spent},
+                **{what: getattr(result, what) for what in SPENT},
+                "own": {what: getattr(own, what) for what in SPENT},
                 "cached": own.cached,
                 "warnings": own.warnings,
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -42,9 +42,16 @@ class Memory(Protocol):
 
 
 class NewestRollout:
-    """Keeps the newest rollout only: on-policy learning."""
+    """Keeps the newest rollout only: on-policy learning.
 
-    def __init__(self) -> None:
+    With `unit="step"`, `sample` draws single steps of those that are learned from, as a `ReplayMemory` of transitions
+    does, instead of whole samples.
+    """
+
+    def __init__(self, unit: Literal["sample", "step"] = "sample") -> None:
+        if unit not in ("sample", "step"):
+            raise ValueError(f"NewestRollout: unit is '{unit}', expected 'sample' or 'step'")
+        self.unit = unit
         self._newest: Rollout | None = None
 
     def __len__(self) -> int:
@@ -61,8 +68,8 @@ class NewestRollout:
         return self._newest
 
     def sample(self, size: int, rng: torch.Generator) -> Rollout:
-        """`size` samples of the newest rollout, with replacement."""
-        newest = self.newest()
+        """`size` samples (or steps) of the newest rollout, with replacement."""
+        newest = self.newest() if self.unit == "sample" else self.newest().unrolled(self.newest().loss_mask)
         index = torch.randint(len(newest), (size,), generator=rng, device=rng.device)
         return newest[index]
 

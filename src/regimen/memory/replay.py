@@ -91,7 +91,7 @@ class ReplayMemory:
         names = tuple(dict.fromkeys([*self._names, *rollout.task_names]))
         index = torch.tensor([names.index(name) for name in rollout.task_names], device=rollout.task.device)
         numbered = rollout.replace(task=index[rollout.task], group=rollout.group + self._groups)
-        whole = Rollout(numbered.data.detach(), names)
+        whole = Rollout(numbered.data, names)
         parts = {name: whole.of_task(name) for name in rollout.task_names} if self.per_task else {"": whole}
         for name, part in parts.items():
             self._check_share(name)

@@ -9,7 +9,7 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 from torch import Tensor
 
-from regimen.rollout import check_joinable, plain_table, table_from_plain
+from regimen.fields import check_joinable, plain_table, table_from_plain
 
 
 class Ring:
@@ -34,6 +34,7 @@ class Ring:
         rows: TensorDict = self.table[slots]
         return rows
 
+    @torch.no_grad()
     def add(self, rows: TensorDict) -> Tensor:
         """Store rows `[R]`, at most `capacity`, over the oldest ones; the slots they lie in, int64 `[R]`."""
         table = _room(rows, self.capacity) if self.table is None else self.table.to(rows.device)

@@ -9,10 +9,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from regimen.fields import STEP_FIELDS
 from regimen.functions.returns import on_last_step
 from regimen.memory.following import Following
 from regimen.memory.ring import Ring, fitted
-from regimen.rollout import STEP_FIELDS, Rollout
+from regimen.rollout import Rollout
 
 _NEXT = "next_observations"
 # An entry of the table: whether a step's trajectory ends with it.
@@ -111,9 +112,10 @@ def _as_steps(rollout: Rollout, capacity: int) -> tuple[TensorDict, Any]:
     if rollout.reward is not None and rollout.reward.ndim == 1:
         rollout = rollout.replace(reward=on_last_step(rollout.reward, rollout.mask))
     row = rollout.mask.nonzero()[:, 0]
-    steps = rollout.unrolled().data
+    # A rollout of single steps is unrolled already.
+    steps = rollout.data.exclude(_LAST) if rollout.mask.numel() == len(row) == len(rollout) else rollout.unrolled().data
     steps.set(_LAST, torch.cat([row[1:] != row[:-1], row.new_ones(1, dtype=torch.bool)])[:, None])
-    steps = steps[-capacity:]
+    steps = steps if len(steps) <= capacity else steps[-capacity:]
     columns = steps.get("step_columns")
     after = columns.get(_NEXT, None)
     return steps.set("step_columns", columns.exclude(_NEXT)), None if after is None else after.squeeze(1)

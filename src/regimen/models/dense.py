@@ -12,23 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-# Multiplications from which on oneDNN's preparations pay.
-_LARGE = 2**22
+# Multiplications from which on oneDNN's preparations pay, with a gradient, which is written in Python, and without.
+_LARGE = {True: 2**22, False: 2**20}
 
 
 def large(rows: Tensor, weight: Tensor) -> bool:
     """Whether the product of rows `[R, inputs]` and weights, both in single precision on the CPU, pays for oneDNN."""
+    # What is soonest told comes first: of small products the question must not cost more than the answer.
+    if rows.ndim != 2 or rows.shape[0] * weight.numel() < _LARGE[torch.is_grad_enabled()]:
+        return False
     fits = rows.dtype == weight.dtype == torch.float32 and rows.device.type == weight.device.type == "cpu"
-    pays = fits and rows.ndim == 2 and rows.shape[0] * weight.numel() >= _LARGE
-    return pays and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    return fits and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`rows [R, inputs]` times `weight [outputs, inputs]` transposed, plus `bias [outputs]`: `[R, outputs]`."""
-    if large(rows, weight):
-        found: Tensor = _Product.apply(rows, weight, bias)
-        return found
-    return linear(rows, weight, bias)
+    if not large(rows, weight):
+        return linear(rows, weight, bias)
+    multiply = _Product.apply if torch.is_grad_enabled() else _by_onednn
+    found: Tensor = multiply(rows, weight, bias)
+    return found
 
 
 def times(rows: Tensor, weight: Tensor) -> Tensor:

@@ -59,6 +59,10 @@ class RowsCache:
         """Places that the last of some next tokens sees, and where they begin."""
         return self.get_seq_length(layer_idx) + query_length, 0
 
+    def filled(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values `[B, H, length, D]` of every layer."""
+        return [(layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length]) for layer in self._layers]
+
     def choose(self, rows: Tensor) -> None:
         """Keep (or repeat) some rows, int64 `[R]`, in every layer."""
         for layer in self._layers:

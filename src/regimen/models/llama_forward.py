@@ -14,7 +14,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from regimen.models.dense import product
 from regimen.models.kv_cache import RowsCache
 from regimen.models.packing import Packed
-from regimen.models.sublayers import gated_projection, normed_projection, rotate
+from regimen.models.shared_prefix import SharedPrefixCache
+from regimen.models.sublayers import gated_projection, normed_projection, rotate, side_by_side
 
 KNOWN = ("LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel")
 ROPE = ("default", "linear", "llama3", "yarn")
@@ -60,6 +61,11 @@ class LlamaForward:
         """Whether nobody wants to see the passes of the parts (hooks), or another attention."""
         return self.model.config._attn_implementation == "sdpa" and not any(self._hooks)
 
+    @property
+    def in_full_precision(self) -> bool:
+        """Whether sums of the weights' precision are good enough for attention: the fused ones of torch use more."""
+        return self.model.embed_tokens.weight.dtype in (torch.float32, torch.float64)
+
     @contextmanager
     def joined(self) -> Iterator[None]:
         """Keep the weights of projections of the same input joined while in this context, where none may change."""
@@ -83,6 +89,10 @@ class LlamaForward:
     def packed(self, packed: Packed) -> Tensor:
         """`[N, D]` for packed tokens."""
         return self._run(packed.ids, packed.positions, partial(self._attend_packed, packed=packed))
+
+    def step(self, ids: Tensor, positions: Tensor, cache: SharedPrefixCache) -> Tensor:
+        """`[B, D]` for one more token of each row, int64 `[B]`, which is added to the cache."""
+        return self._run(ids, positions, partial(self._attend_step, cache=cache))
 
     def _run(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         model = self.model
@@ -142,6 +152,10 @@ class LlamaForward:
         mixed = scaled_dot_product_attention(query, key, values, is_causal=True, enable_gqa=self._grouped)
         return mixed.transpose(1, 2).reshape(len(place), self.heads * self.width).index_select(0, packed.owner)
 
+    def _attend_step(self, turned: Tensor, values: Tensor, layer: int, cache: SharedPrefixCache) -> Tensor:
+        query, key = turned.split([self.heads, self.kv_heads], 1)
+        return cache.attend(query, key, values, layer)
+
     def _attend_grid(
         self,
         turned: Tensor,
@@ -155,8 +169,6 @@ class LlamaForward:
         query, key = turned.split([self.heads, self.kv_heads], 1)
         if cache is not None:
             key, value = cache.update(key, value, layer)
-        if shape[1] == 1 and query.dtype in (torch.float32, torch.float64):
-            return _attend_once(query.reshape(shape[0], self.kv_heads, -1, self.width), key, value, seen)
         causal = seen is None and shape[1] > 1
         mixed = scaled_dot_product_attention(query, key, value, seen, is_causal=causal, enable_gqa=self._grouped)
         return mixed.transpose(1, 2).reshape(len(turned) * shape[1], -1)
@@ -175,14 +187,6 @@ class LlamaForward:
             return before[None, None]
         # Padding sees itself: attention to nothing is not a number, which would spread.
         return (before & mask[:, None] | (places == places[past:, None]))[:, None]
-
-
-def _attend_once(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
-    """Attention of one token per row: queries `[B, Hkv, H / Hkv, d]`, keys, values `[B, Hkv, K, d]`, to `[B, H d]`."""
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
-    return torch.matmul(scores.softmax(-1), value).flatten(1)
 
 
 def _applied(layer: Any, x: Tensor) -> Tensor:
@@ -205,9 +209,5 @@ def _projections(layer: Any) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
 
 def _join(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """One weight and one bias for several layers, without gradient."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    if all(layer.bias is None for layer in layers):
-        return weight, None
-    none = weight.new_zeros
-    biases = [none(len(layer.weight)) if layer.bias is None else layer.bias.detach() for layer in layers]
-    return weight, torch.cat(biases)
+    biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
+    return side_by_side([layer.weight.detach() for layer in layers], biases)

@@ -147,3 +147,24 @@ class ActionValues(nn.Module):
         if self.value is None:
             return values
         return self.value(features) + values - values.mean(-1, keepdim=True)
+
+
+class DiscreteCritics(nn.Module):
+    """`Q(s, a)` of `critics` tables of discrete actions, on what one torso makes of the observations.
+
+    It takes the place of a `QNetwork` where actions are numbers of actions.
+    """
+
+    def __init__(self, torso: nn.Module, actions: int, *, critics: int = 2, dueling: bool = False) -> None:
+        """Make the critics; they share the torso's weights and nothing else. `ValueError` for none."""
+        super().__init__()
+        if critics < 1:
+            raise ValueError(f"DiscreteCritics: critics={critics}; expected at least 1")
+        width = cast(int, torso.width)
+        self.torso = torso
+        self.heads = nn.ModuleList(ActionValues(width, actions, dueling=dueling) for _ in range(critics))
+
+    def forward(self, observations: Observations, actions: Tensor) -> Tensor:
+        """Values `[K, R]` of actions int64 `[R]` at observations `[R, ...]`."""
+        features, taken = self.torso(observations), actions.long()[:, None]
+        return torch.stack([head(features).gather(1, taken).squeeze(1) for head in self.heads])

@@ -26,26 +26,22 @@ def blocks(rows: int, like: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
-def columns(weights: Sequence[Tensor]) -> list[slice]:
-    """Where each projection's outputs stand, side by side."""
-    found, start = list[slice](), 0
-    for weight in weights:
-        found.append(slice(start, start + len(weight)))
-        start += len(weight)
-    return found
+def side_by_side(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """One weight `[sum of widths, D]` and one bias for several layers that read the same input."""
+    if len(weights) == 1:
+        return weights[0], biases[0]
+    if all(bias is None for bias in biases):
+        return torch.cat(list(weights)), None
+    pairs = zip(weights, biases, strict=True)
+    return torch.cat(list(weights)), torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in pairs])
 
 
-def _projected(
-    x: Tensor, scale: Tensor, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> Tensor:
-    """Several projections of `scale * x / rms(x)`, side by side: `[N, D]` to `[N, sum of widths]`."""
-    places = columns(weights)
-    found = x.new_empty(len(x), places[-1].stop)
+def _projected(x: Tensor, scale: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A projection of `scale * x / rms(x)`: `[N, D]` to `[N, W]`."""
+    found = x.new_empty(len(x), len(weight))
     for rows in blocks(len(x), x):
-        normed = rms_norm(x[rows], scale.shape, scale, eps)
-        for weight, bias, place in zip(weights, biases, places, strict=True):
-            out = times(normed, weight)
-            found[rows, place] = out if bias is None else out + bias
+        out = times(rms_norm(x[rows], scale.shape, scale, eps), weight)
+        found[rows] = out if bias is None else out + bias
     return found
 
 
@@ -65,7 +61,7 @@ def normed_projection(
         `[N, sum of W]`.
     """
     if not torch.is_grad_enabled():
-        return _projected(x, scale, eps, weights, biases)
+        return _projected(x, scale, eps, *side_by_side(weights, biases))
     found: Tensor = _NormedProjection.apply(x, scale, eps, *weights, *biases)
     return found
 
@@ -82,7 +78,7 @@ def gated_projection(pair: Tensor, weight: Tensor) -> Tensor:
 
 
 class _NormedProjection(torch.autograd.Function):
-    """`_projected(x, scale, eps, weights, biases)`, of which only `x` is kept."""
+    """Several projections of `scale * x / rms(x)`, of which only `x` is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, *maps: Any) -> Tensor:
@@ -90,27 +86,28 @@ class _NormedProjection(torch.autograd.Function):
         weights, biases = maps[: len(maps) // 2], maps[len(maps) // 2 :]
         ctx.save_for_backward(x, scale, *weights)
         ctx.eps, ctx.biased = eps, [bias is not None for bias in biases]
-        return _projected(x, scale, eps, weights, biases)
+        return _projected(x, scale, eps, *side_by_side(weights, biases))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the arguments."""
         x, scale, *weights = ctx.saved_tensors
-        places, grad_x, grad_scale = columns(weights), torch.empty_like(x), torch.zeros_like(scale)
-        grad_weights = [torch.zeros_like(weight) for weight in weights]
+        grad_x, grad_scale = torch.empty_like(x), torch.zeros_like(scale)
+        weight, _ = side_by_side(weights, [None] * len(weights))
+        grad_weight = torch.zeros_like(weight)
         for rows in blocks(len(x), x):
             inverse = (x[rows].square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
-            unit, back = x[rows] * inverse, torch.zeros_like(x[rows])
-            normed = unit * scale
-            for weight, grad_weight, place in zip(weights, grad_weights, places, strict=True):
-                grad_weight += times(normed.t(), grad[rows, place].t()).t()
-                back += times(grad[rows, place], weight.t())
+            unit = x[rows] * inverse
+            grad_weight += times((unit * scale).t(), grad[rows].t()).t()
+            back = times(grad[rows], weight.t())
             grad_scale += (back * unit).sum(0)
             back *= scale
             torch.mul(back - unit * (back * unit).mean(-1, keepdim=True), inverse, out=grad_x[rows])
-        grad_biases = [grad[:, place].sum(0) if on else None for place, on in zip(places, ctx.biased, strict=True)]
-        return grad_x, grad_scale, None, *grad_weights, *grad_biases
+        widths = [len(each) for each in weights]
+        sums = grad.sum(0).split(widths) if any(ctx.biased) else [None] * len(widths)
+        grad_biases = [total if on else None for total, on in zip(sums, ctx.biased, strict=True)]
+        return grad_x, grad_scale, None, *grad_weight.split(widths), *grad_biases
 
 
 def _gated(pair: Tensor, weight: Tensor) -> Tensor:

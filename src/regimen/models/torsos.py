@@ -34,10 +34,14 @@ class MLPTorso(nn.Module):
 
     def forward(self, observations: Tensor) -> Tensor:
         """Features `[R, width]`."""
-        features = observations.flatten(1).to(_precision(self.layers))
+        features = self.as_rows(observations)
         for layer in self.layers:
             features = layer(features)
         return features
+
+    def as_rows(self, observations: Tensor) -> Tensor:
+        """What the first layer is given, `[R, inputs]`."""
+        return observations.flatten(1).to(_precision(self.layers))
 
 
 ATARI_LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))

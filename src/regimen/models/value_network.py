@@ -21,9 +21,11 @@ class Observed(Protocol):
 class ValueNetwork(nn.Module):
     """`V(s)` of the observations of a rollout: a torso and a linear layer; the `critic` of `GAE`."""
 
-    def __init__(self, torso: nn.Module) -> None:
+    def __init__(self, torso: nn.Module, head: nn.Module | None = None) -> None:
+        """`head`: features `[R, D]` to values `[R, 1]`, in place of the linear layer."""
         super().__init__()
-        self.torso, self.out = torso, orthogonal(nn.Linear(cast(int, torso.width), 1), 1.0)
+        self.torso = torso
+        self.out = orthogonal(nn.Linear(cast(int, torso.width), 1), 1.0) if head is None else head
 
     def forward(self, rollout: Observed) -> Tensor:
         """Values `[B, T]`."""

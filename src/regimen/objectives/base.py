@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from operator import add
@@ -31,6 +32,7 @@ class Batch:
         cast: the regimen's named modules.
         knobs: the values in force.
         rng: for objectives that draw (noise levels, perturbations).
+        spent: what was spent beside the samples, to be counted: `drawn`, actions drawn anew (see `resampled`).
     """
 
     rollout: Rollout
@@ -39,10 +41,14 @@ class Batch:
     rng: torch.Generator
     whole: Rollout | None = None
     rows: slice = field(default_factory=lambda: slice(None))
+    spent: Counter[str] = field(default_factory=Counter)
     _weights: dict[tuple[Aggregate, int | None], Tensor] = field(default_factory=dict)
     _distributions: dict[str, StepDistribution] = field(default_factory=dict)
     _proposals: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _resampled: dict[str, Rollout] = field(default_factory=dict)
+    _reparameterised: dict[str, Rollout] = field(default_factory=dict)
     _of_tasks: dict[tuple[str, ...], Batch] = field(default_factory=dict)
+    _found: dict[str, Tensor] = field(default_factory=dict)
 
     def of_tasks(self, *tasks: str) -> Batch:
         """The samples of some tasks, as a slice of those of the minibatch; made once for all objectives."""
@@ -53,7 +59,7 @@ class Batch:
             here = theirs[self.rows]
             first = int(theirs[: self.rows.start or 0].sum())
             rows = slice(first, first + int(here.sum()))
-            part = Batch(self.rollout[here], self.cast, self.knobs, self.rng, whole[theirs], rows)
+            part = Batch(self.rollout[here], self.cast, self.knobs, self.rng, whole[theirs], rows, self.spent)
             self._of_tasks[tasks] = self if bool(theirs.all()) else part
         return self._of_tasks[tasks]
 
@@ -101,6 +107,53 @@ class Batch:
             observations = self.steps.of(self.rollout.observations)
             self._proposals[member] = self.member(member).propose(observations, self.rng)
         return self._proposals[member]
+
+    def resampled(self, member: str = "policy") -> Rollout:
+        """The samples with actions that a member takes now where theirs are learned from, and no environment answers.
+
+        Drawn once for all objectives, without a gradient, under the knobs in force (`member.resample(rollout, knobs,
+        rng)`).
+
+        Raises:
+            ValueError: the member cannot act anew.
+        """
+        if member not in self._resampled:
+            policy = self.member(member)
+            if not hasattr(policy, "resample"):
+                raise ValueError(
+                    f"member '{member}' ({type(policy).__name__}) draws no actions for samples that are there; use an "
+                    "ActionPolicy, an UtterancePolicy, or give it a method resample(rollout, knobs, rng)"
+                )
+            with torch.no_grad():
+                self._resampled[member] = policy.resample(self.rollout, self.knobs, self.rng)
+            self.spent["drawn"] += int(self.rollout.loss_mask.sum())
+        return self._resampled[member]
+
+    def reparameterised(self, member: str = "policy") -> Rollout:
+        """The samples as a differentiable function of a member's weights, for judges that a gradient flows through.
+
+        Made once for all objectives (`member.reparameterised(rollout, rng)`): of a flow, the image predicted in one
+        step; of a controller, the actions proposed where it acted.
+
+        Raises:
+            ValueError: the member has no such function.
+        """
+        if member not in self._reparameterised:
+            policy = self.member(member)
+            if not hasattr(policy, "reparameterised"):
+                raise ValueError(
+                    f"member '{member}' ({type(policy).__name__}) has no samples with a gradient; use a FlowPolicy, an "
+                    "ActionPolicy, or give it a method reparameterised(rollout, rng)"
+                )
+            self._reparameterised[member] = policy.reparameterised(self.rollout, self.rng)
+        return self._reparameterised[member]
+
+    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What several objectives need under one name, computed for the first of them; without a gradient."""
+        if name not in self._found:
+            with torch.no_grad():
+                self._found[name] = compute()
+        return self._found[name]
 
     def member(self, name: str) -> Any:
         """A member of the cast; `KeyError` with those there are."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regimen.functions.aggregate import Aggregate, mean_of
 from regimen.objectives.base import Batch, Objective
-from regimen.rollout import Rollout
+from regimen.rollout import Steps
 
 
 def clipped_surrogate(
@@ -37,11 +37,17 @@ def clipped_surrogate(
         )
     _check_range("clipped_surrogate", clip, clip_high)
     ratio = (logprob - behaviour_logprob).exp()
-    # The larger loss is that of the ratio clipped on one side only: above for what was good, below for what was bad.
-    good = advantage >= 0
-    low = torch.where(good, -torch.inf, 1 - clip)
-    high = torch.where(good, 1 + (clip if clip_high is None else clip_high), torch.inf)
-    return -advantage * ratio.clamp(low, high), ratio
+    # The gain is the smaller of the two, and what is clipped has no gradient: a bound for each step, above the ratio of
+    # what was good and below that of what was bad. A ratio that is not a number is not hidden by it.
+    gain, bound = advantage * ratio, advantage + _reach(advantage, clip, clip if clip_high is None else clip_high)
+    return -torch.where(gain > bound, bound, gain), ratio
+
+
+def _reach(advantage: Tensor, low: float, high: float) -> Tensor:
+    """How far the gain may go beyond the advantage."""
+    if low == high:
+        return low * advantage.abs()
+    return high * advantage.clamp(min=0) - low * advantage.clamp(max=0)
 
 
 def _check_range(owner: str, clip: float, clip_high: float | None) -> None:
@@ -49,9 +55,11 @@ def _check_range(owner: str, clip: float, clip_high: float | None) -> None:
         raise ValueError(f"{owner}: clip={clip}, clip_high={clip_high}; expected > 0")
 
 
-def _standardized(advantage: Tensor, minibatch: Rollout) -> Tensor:
-    """Advantages less the mean of a minibatch's, over their deviation (a single step's is 0)."""
-    std, mean = torch.std_mean(minibatch.advantages[minibatch.loss_mask], correction=0)
+def _standardized(advantage: Tensor, batch: Batch) -> Tensor:
+    """Advantages `[R]` less the mean of the whole minibatch's, over their deviation (a single step's is 0)."""
+    whole = batch.whole
+    every = advantage if whole is None or whole is batch.rollout else Steps(whole.loss_mask).of(whole.advantages)
+    std, mean = torch.std_mean(every, correction=0)
     return (advantage - mean) / (std + 1e-8)
 
 
@@ -85,24 +93,25 @@ class ClippedSurrogateObjective(Objective):
         Metrics: `ratio_deviation`, the largest `|rho - 1|`; `clip_share`, of steps with a ratio outside the clip
         range; `approx_kl`, the k3 estimate of the KL from the behaviour policy.
         """
-        advantage = batch.require("advantages", "ClippedSurrogateObjective", "give the stage a credit")
+        of = batch.steps.of
+        advantage = of(batch.require("advantages", "ClippedSurrogateObjective", "give the stage a credit"))
         if self.standardize:
-            advantage = _standardized(advantage, batch.rollout if batch.whole is None else batch.whole)
+            advantage = _standardized(advantage, batch)
         behaviour = batch.require(
             "logprobs",
             "ClippedSurrogateObjective",
             "sample with a stochastic policy (a flow policy needs knob noise_level > 0)",
         )
         logprob = batch.distribution(self.member).logprob
-        of = batch.steps.of
-        per_step, ratio = clipped_surrogate(of(logprob), of(behaviour), of(advantage), self.clip, self.clip_high)
+        per_step, ratio = clipped_surrogate(of(logprob), of(behaviour), advantage, self.clip, self.clip_high)
         return batch.aggregated(per_step, self.aggregate, self.horizon), self._metrics(ratio.detach())
 
     def _metrics(self, ratio: Tensor) -> dict[str, Tensor]:
         change, high = ratio - 1, self.clip if self.clip_high is None else self.clip_high
-        outside = (change < -self.clip) | (change > high)
+        size = change.abs()
+        outside = size > self.clip if high == self.clip else (change < -self.clip) | (change > high)
         return {
-            "ratio_deviation": change.abs().amax() if len(ratio) else ratio.sum(),
+            "ratio_deviation": size.amax() if len(ratio) else ratio.sum(),
             "clip_share": mean_of(outside),
             "approx_kl": mean_of(change - ratio.log()),
         }

@@ -10,9 +10,11 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from regimen.fields import STEP_FIELDS
+from regimen.functions.aggregate import group_weights
 from regimen.objectives.base import Batch, Objective
 from regimen.policies.base import Policy
-from regimen.rollout import STEP_FIELDS, Rollout
+from regimen.rollout import Rollout
 
 Variant = Literal["sigmoid", "hinge", "ipo", "robust"]
 
@@ -141,7 +143,8 @@ class DPOObjective(Objective):
 
     A row of the batch is a pair: the chosen sample, with the rejected one in its column `rejected`. Side columns
     `margin`, `smoothing` and `weight`, each `[P]`, are used where they exist; the loss is the mean of weight times
-    loss over the pairs.
+    loss over the pairs. With `group_by` it is the mean of such means over the groups that are there: of MAH-DPO (arXiv
+    2510.01167), whose pairs are tagged with an objective each.
 
     Attributes:
         beta, variant: see `dpo_loss`.
@@ -149,7 +152,10 @@ class DPOObjective(Objective):
         length_normalize: average log-ratios over steps instead of summing them. `"ipo"` is usually run so.
         reference: a frozen member of the cast; `None` for a reference that finds all answers equally likely.
         recorded: a side column `[P, T]` of chosen and of rejected samples with the reference's log-probabilities,
-            read in place of the member; see `record_logprobs`.
+            read in place of the member; see `record_logprobs`. `"logprobs"` takes what the samples were drawn with,
+            for pairs that the reference drew itself.
+        group_by: a side column int64 `[P]`; groups count the same, however many pairs they have.
+        group_shares: what group 0, 1, ... counts instead.
         member: the policy that is trained.
     """
 
@@ -159,18 +165,23 @@ class DPOObjective(Objective):
     length_normalize: bool = False
     reference: str | None = "reference"
     recorded: str | None = None
+    group_by: str | None = None
+    group_shares: tuple[float, ...] | None = None
     member: str = "policy"
     name: str = "dpo"
 
     def __post_init__(self) -> None:
         _check_settings("DPOObjective", self.beta, self.variant, self.label_smoothing)
+        if self.group_shares is not None and self.group_by is None:
+            raise ValueError(f"DPOObjective: group_shares={self.group_shares} of no groups; name a column as group_by")
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean of the loss per pair.
+        """Mean of the loss per pair, or over groups.
 
-        Metrics: `preference_accuracy`, share of pairs whose chosen answer gained more over the reference;
-        `preference_margin`, mean of `beta` times the difference; `chosen_logratio` and `rejected_logratio`, the means
-        of both sides, because both may fall while their difference grows.
+        Metrics, over all pairs and for group `g` with `/g` behind the name: `preference_accuracy`, share of pairs whose
+        chosen answer gained more over the reference; `preference_margin`, mean of `beta` times the difference;
+        `chosen_logratio` and `rejected_logratio`, the means of both sides, because both may fall while their difference
+        grows.
         """
         other = Batch(rejected_rollout(batch.rollout), batch.cast, batch.knobs, batch.rng)
         chosen, rejected = self._logratio(batch), self._logratio(other)
@@ -184,13 +195,35 @@ class DPOObjective(Objective):
             margin=table.get("margin", 0.0),
         )
         gap = (chosen - rejected).detach()
-        metrics = {
-            "preference_accuracy": (gap > 0).to(gap.dtype).mean(),
-            "preference_margin": self.beta * gap.mean(),
-            "chosen_logratio": chosen.detach().mean(),
-            "rejected_logratio": rejected.detach().mean(),
+        told = {
+            "preference_accuracy": (gap > 0).to(gap.dtype),
+            "preference_margin": self.beta * gap,
+            "chosen_logratio": chosen.detach(),
+            "rejected_logratio": rejected.detach(),
         }
-        return (per_pair * table.get("weight", 1.0)).mean() * batch.share, metrics
+        metrics = {name: value.mean() for name, value in told.items()}
+        weighted = per_pair * table.get("weight", 1.0)
+        if self.group_by is None:
+            return weighted.mean() * batch.share, metrics
+        return (weighted * self._group_weights(batch)).sum(), metrics | self._by_group(told, batch)
+
+    def _groups(self, batch: Batch) -> Tensor:
+        """int64, the groups of the whole minibatch."""
+        groups: Tensor = (batch.rollout if batch.whole is None else batch.whole)[str(self.group_by)]
+        return groups
+
+    def _group_weights(self, batch: Batch) -> Tensor:
+        shares = None if self.group_shares is None else torch.tensor(self.group_shares)
+        return group_weights(self._groups(batch), shares)[batch.rows]
+
+    def _by_group(self, told: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Means within groups; what slices of a minibatch say is averaged by their shares of its pairs."""
+        groups, found = self._groups(batch), dict[str, Tensor]()
+        for group in groups.unique().tolist():
+            member = groups == group
+            factor = member[batch.rows] / (member.sum() * batch.share)
+            found |= {f"{name}/{group}": (value * factor).sum() for name, value in told.items()}
+        return found
 
     def _logratio(self, side: Batch) -> Tensor:
         """`[P]`, log-probability of one side's answers over the reference's."""
@@ -200,6 +233,8 @@ class DPOObjective(Objective):
         return total / mask.sum(1).clamp(min=1) if self.length_normalize else total
 
     def _reference(self, side: Batch) -> Tensor | float:
+        if self.recorded == "logprobs":
+            return side.require("logprobs", "DPOObjective", "sample the pairs at a temperature above 0, or record them")
         if self.recorded is not None:
             recorded: Tensor = side.rollout[self.recorded]
             return recorded

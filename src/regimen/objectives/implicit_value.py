@@ -2,57 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from regimen.functions.aggregate import mean_of
 from regimen.objectives.base import Batch, Objective
-
-
-def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
-    """`|expectile - 1[x < 0]| x^2`, any shape: least where the value is that expectile of its targets.
-
-    Args:
-        difference: target minus value.
-        expectile: in (0, 1); 0.5 is half of the squared error, whose minimum is the mean, and near 1 it is the maximum.
-
-    Raises:
-        ValueError: an expectile outside (0, 1).
-    """
-    if not 0 < expectile < 1:
-        raise ValueError(f"expectile_loss: expectile is {expectile}, expected between 0 and 1")
-    return (expectile - (difference < 0).to(difference.dtype)).abs() * difference.square()
+from regimen.objectives.maximisers import Expectile, Maximiser
 
 
 @dataclass(frozen=True)
 class ImplicitValueObjective(Objective):
-    """Draws `V(s)` to an upper expectile of `Q(s, a)` over the recorded actions (IQL, Kostrikov et al. 2022, eq. 5).
+    """Draws `V(s)` up among the `Q(s, a)` of the recorded actions, by an implicit maximiser.
 
-    That is nearly the best that the data do in a state, and asks the critic of no action that they do not hold.
+    That is nearly the best that the data do in a state, and asks the critic of no action that they do not hold. With an
+    `Expectile` it is IQL's (Kostrikov et al. 2022, eq. 5), with a `Gumbel` XQL's, with `TotalVariation` or `ChiSquare`
+    f-DVL's (Sikchi et al. 2024, eq. 10).
 
     Attributes:
-        expectile: see `expectile_loss`.
+        f: the maximiser.
         value: member that is trained, `value(rollout) -> [B, T]`.
         critic: member, `critic(observations [R, ...], actions [R, ...]) -> [K, R]`, of which the least is taken.
     """
 
-    expectile: float = 0.9
+    f: Maximiser = field(default_factory=Expectile)
     value: str = "value"
     critic: str = "critic_target"
     name: str = "implicit_value"
 
-    def __post_init__(self) -> None:
-        if not 0 < self.expectile < 1:
-            raise ValueError(f"ImplicitValueObjective: expectile is {self.expectile}, expected between 0 and 1")
-
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the steps that are learned from; metric `value_mean`."""
+        """Mean over the steps that are learned from; metrics `value_mean`, and `value_exceeded`: steps with Q > V."""
         values = batch.steps.of(batch.member(self.value)(batch.rollout))
-        least = recorded_value(batch, self.critic, type(self).__name__)
-        loss = batch.aggregated(expectile_loss(least - values, self.expectile), "token")
-        return loss, {"value_mean": mean_of(values.detach())}
+        batch.once(_name(self.value), values.detach)
+        difference = recorded_value(batch, self.critic, type(self).__name__) - values
+        loss = batch.aggregated(self.f(difference), "token")
+        exceeded = (difference > 0).to(values.dtype)
+        return loss, {"value_mean": mean_of(values.detach()), "value_exceeded": mean_of(exceeded)}
 
 
 @dataclass(frozen=True)
@@ -82,10 +67,9 @@ class AdvantageWeightedObjective(Objective):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the steps that are learned from; metrics `weight_mean` and `weight_capped`, the share cut off."""
-        with torch.no_grad():
-            values = batch.steps.of(batch.member(self.value)(batch.rollout))
-            advantage = recorded_value(batch, self.critic, type(self).__name__) - values
-            free = (self.inverse_temperature * advantage).exp()
+        values = batch.once(_name(self.value), lambda: batch.steps.of(batch.member(self.value)(batch.rollout)))
+        advantage = recorded_value(batch, self.critic, type(self).__name__) - values
+        free = (self.inverse_temperature * advantage).exp()
         weights = free.clamp(max=self.max_weight)
         logprob = batch.steps.of(batch.distribution(self.policy).logprob)
         capped = (free > self.max_weight).to(weights.dtype)
@@ -93,9 +77,20 @@ class AdvantageWeightedObjective(Objective):
         return batch.aggregated(-weights * logprob, "token"), metrics
 
 
-@torch.no_grad()
 def recorded_value(batch: Batch, critic: str, owner: str) -> Tensor:
-    """`[R]`: what the least of some critics gives to the recorded actions at the steps that are learned from."""
+    """`[R]`: what the least of some critics gives to the recorded actions at the steps that are learned from.
+
+    Computed once for all objectives, without a gradient.
+    """
     actions = batch.require("actions", owner, "give transitions with actions")
-    values: Tensor = batch.member(critic)(batch.steps.of(batch.rollout.observations), batch.steps.of(actions))
-    return values.amin(0)
+
+    def least() -> Tensor:
+        values: Tensor = batch.member(critic)(batch.steps.of(batch.rollout.observations), batch.steps.of(actions))
+        return values.amin(0)
+
+    return batch.once(f"recorded value of {critic}", least)
+
+
+def _name(value: str) -> str:
+    """Of what the member gives to the observations, among what is computed once."""
+    return f"values of {value}"

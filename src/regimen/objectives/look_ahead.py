@@ -75,6 +75,19 @@ def look_ahead(batch: Batch, owner: str, n: int = 1, discount: Knob | float | No
     return LookAhead(steps, steps.of(total), steps.of(onward), last, rollout)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """As much of a rollout as a critic of states reads: observations `[B, T, ...]`."""
+
+    observations: Any
+
+
+def value_of_states(value: Any, observations: Any) -> Tensor:
+    """`[R]`: what `value(rollout) -> [B, T]` gives to observations `[R, ...]`."""
+    values: Tensor = value(Seen(observations.unsqueeze(1)))
+    return values.squeeze(1)
+
+
 def discount_knobs(discount: Knob | float | None) -> tuple[Knob, ...]:
     """The knob that an objective's discount is: one named `discount` for a number, none for `None`."""
     if discount is None:

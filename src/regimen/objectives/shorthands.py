@@ -8,6 +8,7 @@ from regimen.objectives.base import Objective
 from regimen.objectives.clipped_surrogate import ClippedSurrogateObjective
 from regimen.objectives.entropy import EntropyBonus
 from regimen.objectives.implicit_value import AdvantageWeightedObjective, ImplicitValueObjective
+from regimen.objectives.maximisers import Expectile, Maximiser
 from regimen.objectives.reference_kl import ReferenceKL
 from regimen.objectives.soft_actor import EntropyWeight, SoftActorObjective, TemperatureObjective
 from regimen.objectives.td import TDObjective
@@ -91,22 +92,23 @@ def sac(
 
 def iql(
     *,
-    expectile: float = 0.9,
+    f: Maximiser | None = None,
     inverse_temperature: float = 3.0,
     max_weight: float = 100.0,
     discount: Knob | float | None = None,
 ) -> Objective:
     """IQL's objective, the losses of the value, the policy and the critic (Kostrikov et al. 2022, alg. 1).
 
-    No gradient of one flows into the others' weights, so one update may train all members (`value`, `policy`,
-    `critic`). For a stage that reads data, with `rules=[ReferenceRefresh("critic_target", of="critic", mode="ema",
-    decay=0.995)]`.
+    With another maximiser it is XQL's (`Gumbel`) or f-DVL's (`TotalVariation`, `ChiSquare`). No gradient of one flows
+    into the others' weights, so one update may train all members (`value`, `policy`, `critic`); or give each objective
+    an update of its own, in the order in which they stand here. For a stage that reads data, with
+    `rules=[ReferenceRefresh("critic_target", of="critic", mode="ema", decay=0.995)]`.
 
     Args:
-        expectile: see `ImplicitValueObjective`.
+        f: draws the value up, `Expectile(0.9)` by default; see `ImplicitValueObjective`.
         inverse_temperature, max_weight: see `AdvantageWeightedObjective`.
         discount: see `TDObjective`.
     """
     policy = AdvantageWeightedObjective(inverse_temperature, max_weight)
     critic = TDObjective(target="value", policy=None, discount=discount)
-    return ImplicitValueObjective(expectile) + policy + critic
+    return ImplicitValueObjective(f or Expectile()) + policy + critic

@@ -33,8 +33,10 @@ def value_loss(values: Tensor, target: Tensor, old_values: Tensor | None = None,
         return error.square()
     if clip <= 0 or old_values is None:
         raise ValueError(f"value_loss: clip={clip}; expected above 0, and with old_values")
-    near = old_values + (values - old_values).clamp(-clip, clip) - target
-    return torch.where(near.abs() > error.abs(), near, error).square()
+    # The value near the old one is another only beyond the clip, where it stands still and has no gradient.
+    moved, left = values.detach() - old_values, error.detach()
+    near = left - (moved - moved.clamp(-clip, clip))
+    return torch.where(near.abs() > left.abs(), near, error).square()
 
 
 @dataclass(frozen=True)
@@ -93,4 +95,5 @@ class ValueObjective(Objective):
 def _explained(values: Tensor, target: Tensor) -> Tensor:
     if not len(target):
         return target.new_ones(())
-    return 1 - (target - values).var(correction=0) / target.var(correction=0).clamp(min=1e-8)
+    left, whole = torch.stack([target - values, target]).var(1, correction=0)
+    return 1 - left / whole.clamp(min=1e-8)

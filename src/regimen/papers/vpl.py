@@ -21,7 +21,7 @@ from regimen.models.latent_reward import ConcatenatingEncoder, LatentReward, Pai
 from regimen.models.q_network import QNetwork
 from regimen.models.torsos import DictTorso, MLPTorso
 from regimen.models.value_network import ValueNetwork
-from regimen.objectives import VariationalPreferenceObjective, iql
+from regimen.objectives import Expectile, VariationalPreferenceObjective, iql
 from regimen.policies.action import ActionPolicy, GaussianHead
 from regimen.policies.personal import PersonalPolicy
 from regimen.regimen import Regimen, Stage
@@ -202,7 +202,7 @@ def policy_stage(method: Method, users: Users, s: Settings) -> Stage:
     judged: Reward = reward
     if method.wins:
         judged = WinProbabilityReward(reward, uniform((s.comparison,), users.rng))
-    objective = iql(expectile=s.expectile, inverse_temperature=s.inverse_temperature, discount=s.discount)
+    objective = iql(f=Expectile(s.expectile), inverse_temperature=s.inverse_temperature, discount=s.discount)
     update = Update(
         objective,
         ["value", "policy", "critic"],

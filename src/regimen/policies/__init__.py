@@ -10,10 +10,13 @@ from regimen.policies.forecast import (
     NextPositionForecaster,
     TrajectoryForecaster,
 )
+from regimen.policies.guided import GuidedDecoding
+from regimen.policies.multi_head import MultiHeadPolicy
 from regimen.policies.q_policy import QPolicy
 from regimen.policies.token import TokenPolicy
 from regimen.policies.token_steps import TokenSteps
 from regimen.policies.uniform import UniformPolicy
+from regimen.policies.utterances import UtterancePolicy, UtteranceSteps, as_token_steps, utterance_steps
 from regimen.policies.vision import Processor, QwenVLImages
 
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "ForecastSteps",
     "GaussianHead",
     "GaussianSteps",
+    "GuidedDecoding",
+    "MultiHeadPolicy",
     "NextPositionForecaster",
     "Policy",
     "Processor",
@@ -38,5 +43,9 @@ __all__ = [
     "TokenSteps",
     "TrajectoryForecaster",
     "UniformPolicy",
+    "UtterancePolicy",
+    "UtteranceSteps",
+    "as_token_steps",
     "logprob",
+    "utterance_steps",
 ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self, cast, runtime_checkable
+from typing import Any, Protocol, Self, cast
 
 import gymnasium.spaces as spaces
 import numpy as np
@@ -16,8 +16,14 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from regimen.knobs import Knob
-from regimen.models.torsos import Observations, orthogonal, torso_for
+from regimen.models.torsos import MLPTorso, Observations, orthogonal, torso_for
+from regimen.policies.acting import Act as Act
+from regimen.policies.acting import Acted as Acted
+from regimen.policies.acting import Actor as Actor
+from regimen.policies.acting import logprobs_of
+from regimen.policies.base import acted_anew
 from regimen.policies.distributions import ActionDistribution, Categorical, Gaussian, SquashedGaussian
+from regimen.policies.few_rows import FewRows, suits, watched
 from regimen.rollout import Rollout, Steps
 from regimen.storage import load_tree, save_tree
 
@@ -31,7 +37,16 @@ class CategoricalHead(nn.Module):
 
     def forward(self, features: Tensor, temperature: Tensor | float = 1.0) -> Categorical:
         """Logits divided by the temperature."""
-        logits = self.logits(features)
+        return self.described([layer(features) for layer in self.outputs], temperature)
+
+    @property
+    def outputs(self) -> list[nn.Linear]:
+        """What gives the logits."""
+        return [self.logits]
+
+    def described(self, outputs: list[Tensor], temperature: Tensor | float = 1.0) -> Categorical:
+        """By the logits."""
+        (logits,) = outputs
         return Categorical(logits if _is_one(temperature) else logits / temperature)
 
 
@@ -83,8 +98,17 @@ class GaussianHead(nn.Module):
 
     def forward(self, features: Tensor, temperature: Tensor | float = 1.0) -> Gaussian | SquashedGaussian:
         """The deviation is multiplied by the temperature."""
-        mean = self.mean(features)
-        log_std = self.log_std if self.scale is None else self.scale(features).clamp(-5, 2)
+        return self.described([layer(features) for layer in self.outputs], temperature)
+
+    @property
+    def outputs(self) -> list[nn.Linear]:
+        """What gives the mean, and the logarithm of the deviation where that depends on the features."""
+        return [self.mean] if self.scale is None else [self.mean, self.scale]
+
+    def described(self, outputs: list[Tensor], temperature: Tensor | float = 1.0) -> Gaussian | SquashedGaussian:
+        """By these."""
+        mean, *scale = outputs
+        log_std = scale[0].clamp(-5, 2) if scale else self.log_std
         std = log_std.exp().expand_as(mean)
         std = std if _is_one(temperature) else std * temperature
         return SquashedGaussian(mean, std, self.low, self.high) if self.squash else Gaussian(mean, std)
@@ -93,37 +117,6 @@ class GaussianHead(nn.Module):
 def _is_one(temperature: Tensor | float) -> bool:
     """Whether there is nothing to divide by, for sure."""
     return not isinstance(temperature, Tensor) and temperature == 1
-
-
-@dataclass(frozen=True)
-class Acted:
-    """What a policy does in one step of `N` copies.
-
-    Attributes:
-        actions: `[N, ...]`.
-        logprobs: `[N]`; none at temperature 0, or of a deterministic policy.
-        memory: `[N, ...]`, what a policy with memory keeps for its next step.
-    """
-
-    actions: Tensor
-    logprobs: Tensor | None = None
-    memory: Tensor | None = None
-
-
-@runtime_checkable
-class Actor(Protocol):
-    """A policy that acts step by step."""
-
-    def act(
-        self,
-        observations: Observations,
-        memory: Tensor | None,
-        begins: Tensor,
-        knobs: Mapping[str, float],
-        rng: torch.Generator,
-    ) -> Acted:
-        """One action for each of `N` copies; see `ActionPolicy.act`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -270,15 +263,34 @@ class ActionPolicy(nn.Module):
             knobs: `temperature`; 0 takes the likeliest action, which has no log-probability.
             rng: random stream, on the policy's device.
         """
-        features = self.torso(observations.to(rng.device))
-        if self.core is not None:
-            features = memory = self._remember(features, self._before(memory, features), begins.to(rng.device))
-        temperature = knobs["temperature"]
-        described = self.head(features, temperature or 1.0)
-        if temperature == 0:
-            return Acted(described.mode().to(begins.device), None, memory)
-        actions = described.sample(rng)
-        return Acted(actions.to(begins.device), described.logprob(actions).to(begins.device), memory)
+        acted = self.acting(len(begins), knobs, rng)(observations, memory, begins)
+        logprobs = logprobs_of([acted], rng.device)
+        return replace(acted, logprobs=None if logprobs is None else logprobs[:, 0].to(begins.device), described=None)
+
+    def acting(self, count: int, knobs: Mapping[str, float], rng: torch.Generator) -> Act:
+        """`act` for several steps, between which neither knobs nor weights move; log-probabilities wait."""
+        temperature, quick = knobs["temperature"], self._quick(count)
+
+        def act(observations: Observations, memory: Tensor | None, begins: Tensor) -> Acted:
+            if quick is not None:
+                described = quick(cast(Tensor, observations), temperature or 1.0)
+            else:
+                features = self.torso(observations.to(rng.device))
+                if self.core is not None:
+                    features = memory = self._remember(features, self._before(memory, features), begins.to(rng.device))
+                described = self.head(features, temperature or 1.0)
+            if temperature == 0:
+                return Acted(described.mode().to(begins.device), None, memory)
+            return Acted(described.sample(rng).to(begins.device), None, memory, described)
+
+        return act
+
+    def _quick(self, rows: int) -> FewRows | None:
+        """The network for a few rows, if its parts are known well enough."""
+        if self.core is not None or type(self.head) not in (CategoricalHead, GaussianHead) or watched(self.head):
+            return None
+        head = cast(CategoricalHead | GaussianHead, self.head)
+        return FewRows(cast(MLPTorso, self.torso), head) if suits(self.torso, head.outputs, rows) else None
 
     def sample(self, contexts: TensorDict, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
         """One action in each context, see `one_action_each`."""
@@ -299,6 +311,33 @@ class ActionPolicy(nn.Module):
             )
         proposed: tuple[Tensor, Tensor] = self.head(self.torso(observations), 1.0).propose(rng)
         return proposed
+
+    def reparameterised(self, rollout: Rollout, rng: torch.Generator) -> Rollout:
+        """The same observations with proposed actions, which have a gradient, where they are learned from.
+
+        Raises:
+            NotImplementedError: the actions are discrete, or the policy has memory.
+        """
+        steps = Steps(rollout.loss_mask)
+        actions, _ = self.propose(steps.of(rollout.observations), rng)
+        return rollout.replace(actions=steps.spread(actions))
+
+    def resample(self, rollout: Rollout, knobs: Mapping[str, float], rng: torch.Generator) -> Rollout:
+        """The same observations with actions drawn now where they are learned from; see `Batch.resampled`.
+
+        Raises:
+            ValueError: the policy has memory, or the temperature is 0.
+        """
+        if self.core is not None or knobs["temperature"] == 0:
+            raise ValueError(
+                f"ActionPolicy.resample: knob temperature = {knobs['temperature']:g}, "
+                f"{'no' if self.core is None else 'a'} recurrent core; expected a policy without memory, above 0"
+            )
+        steps = Steps(rollout.loss_mask)
+        begins = torch.ones(int(rollout.loss_mask.sum()), dtype=torch.bool, device=rng.device)
+        acted = self.act(steps.of(rollout.observations), None, begins, knobs, rng)
+        assert acted.logprobs is not None, "the temperature is above 0"
+        return acted_anew(rollout, steps.spread(acted.actions), steps.spread(acted.logprobs), knobs)
 
     def distribution(self, rollout: Rollout, where: Tensor | None = None) -> ActionSteps:
         """The distribution at the recorded observations.
@@ -365,6 +404,17 @@ class ActionPolicy(nn.Module):
     def reference(self) -> ActionPolicy:
         """A frozen policy with the present weights."""
         return copy.deepcopy(self).requires_grad_(False).eval()
+
+
+def acting(policy: Actor, count: int, knobs: Mapping[str, float], rng: torch.Generator) -> Act:
+    """How a policy acts in `count` copies for several steps, between which neither knobs nor weights move."""
+    if isinstance(policy, ActionPolicy) and type(policy).act is ActionPolicy.act:
+        return policy.acting(count, knobs, rng)
+
+    def act(observations: Observations, memory: Tensor | None, begins: Tensor) -> Acted:
+        return policy.act(observations, memory, begins, knobs, rng)
+
+    return act
 
 
 class _Placed(Actor, Protocol):

@@ -55,3 +55,9 @@ class Policy(Protocol):
 def logprob(policy: Policy, rollout: Rollout) -> Tensor:
     """Differentiable log-probability `[B, T]` of a rollout's actions under a policy."""
     return policy.distribution(rollout).logprob
+
+
+def acted_anew(rollout: Rollout, actions: Any, logprobs: Tensor, knobs: Mapping[str, float]) -> Rollout:
+    """A rollout with other actions, as a policy draws them under the knobs in force now."""
+    now = {name: torch.full_like(value, knobs[name]) for name, value in rollout.knobs.items() if name in knobs}
+    return rollout.replace(actions=actions, logprobs=logprobs, knobs={**dict(rollout.knobs.items()), **now})

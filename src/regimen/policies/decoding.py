@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from regimen.functions.categorical import row_uniform, sample_tokens, support_size, token_logprob
+from regimen.functions.categorical import draw_tokens, row_uniform, support_size
 from regimen.models.causal_lm import CausalLM
-from regimen.models.kv_cache import RowsCache
+from regimen.policies.continuing import read_prompts
 
 DROP_BELOW = 0.75
 """Finished rows are dropped when less than this share of the rows is at work: dropping copies the cache."""
@@ -51,8 +51,7 @@ class Sampling:
             return logits.argmax(-1), logits.new_zeros(len(logits)), None
         scaled = logits if self.temperature == 1 else logits / self.temperature
         kept = support_size(scaled, self.top_k, self.top_p) if self.truncates else None
-        tokens = sample_tokens(scaled, uniform, kept)
-        return tokens, token_logprob(scaled, tokens, kept), kept
+        return *draw_tokens(scaled, uniform, kept), kept
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def decode(
             if not state.end(stop, step):
                 break
             if step + 1 < sampling.max_new_tokens:
-                state.advance(step)
+                state.advance()
     return state.completions()
 
 
@@ -126,30 +125,10 @@ class _Decoder:
         self.kept = torch.zeros(batch, room, dtype=torch.int64, device=device) if sampling.truncates else None
         self.lengths = torch.full((batch,), room, device=device)
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._prefill(prompts, rows, images)
+        ids, real = _left_padded(prompts, device)
+        states, self.rows = read_prompts(network, ids, real, rows, room, images)
+        self.logits = network.logits(states)[rows]
         self.logprobs = self.logits.new_zeros(batch, room)
-
-    def _prefill(self, prompts: Sequence[Tensor], rows: Tensor, images: Mapping[str, Tensor] | None) -> None:
-        """Read each distinct prompt once; every row then continues from its own."""
-        ids, real = _left_padded(prompts, rows.device)
-        self.seen = ids.shape[1]
-        self.cache = RowsCache(self.seen + self.sampling.max_new_tokens)
-        positions = self.network.positions(real, ids, images)
-        padded = not bool(real.all())
-        hidden = self.network.hidden(
-            ids, mask=real if padded else None, positions=positions, cache=self.cache, images=images
-        )
-        self.logits = self.network.logits(hidden[:, -1])[rows]
-        # Images take less positions than tokens: the next one follows the highest, on all axes.
-        highest = positions if positions.ndim == 2 else positions.amax(0)
-        self.position = highest.amax(1)[rows, None]
-        self.real = self._with_room(real)[rows] if padded else None
-        if not torch.equal(rows, torch.arange(len(prompts), device=rows.device)):
-            self.cache.choose(rows)
-
-    def _with_room(self, real: Tensor) -> Tensor:
-        more = torch.ones(len(real), self.sampling.max_new_tokens, dtype=torch.bool, device=real.device)
-        return torch.cat([real, more], 1)
 
     def draw(self, step: int) -> None:
         """A token for every row at work."""
@@ -179,18 +158,14 @@ class _Decoder:
         left = int(self.working.sum())
         if left and left < DROP_BELOW * len(self.working):
             rows = self.working.nonzero().squeeze(-1)
-            self.cache.choose(rows)
+            self.rows.choose(rows)
             self.alive = rows if self.alive is None else self.alive[rows]
-            self.new, self.position = self.new[rows], self.position[rows]
-            self.real = None if self.real is None else self.real[rows]
-            self.working = self.working[rows]
+            self.new, self.working = self.new[rows], self.working[rows]
         return left > 0
 
-    def advance(self, step: int) -> None:
+    def advance(self) -> None:
         """Read the tokens just drawn."""
-        mask = None if self.real is None else self.real[:, : self.seen + step + 1]
-        hidden = self.network.hidden(self.new[:, None], mask=mask, positions=self.position + step + 1, cache=self.cache)
-        self.logits = self.network.logits(hidden[:, -1])
+        self.logits = self.network.logits(self.rows.read(self.new))
 
     def completions(self) -> Completions:
         """All rows, cut to the longest."""

@@ -13,7 +13,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from regimen.functions.flow import Reduce, expand_as, flow_sde_coefficients, gaussian_logprob, shifted_sigmas
+from regimen.functions.flow import (
+    Reduce,
+    expand_as,
+    flow_sde_coefficients,
+    gaussian_logprob,
+    predicted_data,
+    shifted_sigmas,
+)
 from regimen.knobs import Knob
 from regimen.rollout import Rollout
 from regimen.storage import load_tree, save_tree
@@ -233,6 +240,29 @@ class FlowPolicy(nn.Module):
         velocity = self.velocity(x, sigma, conditioning, rollout.knobs["guidance"][row])
         mean = expand_as(keep, x) * x + expand_as(drift, x) * velocity
         return GaussianSteps(where, rollout.actions[row, step], mean, std, sigma - sigma_next, self.logprob_reduce)
+
+    def reparameterised(self, rollout: Rollout, rng: torch.Generator) -> Rollout:
+        """The samples as a differentiable function of the weights: each is predicted in one step from a recorded state.
+
+        `image` becomes the decoded `x - sigma v(x, sigma, c)` at the one step of each sample that is learned from, as
+        `learned_once` leaves it. The states were recorded without a graph, so the gradient reaches the weights through
+        that step alone (ReFL, Xu et al. 2023).
+
+        Raises:
+            ValueError: a sample is learned from at no step, or at several.
+        """
+        learned = rollout.loss_mask.sum(1)
+        if bool((learned != 1).any()):
+            raise ValueError(
+                f"FlowPolicy.reparameterised: a sample of task {'/'.join(rollout.task_names)} is learned from at "
+                f"{int(learned[learned != 1][0])} steps, expected 1; give SideBySide or learned_once the rollout"
+            )
+        row = torch.arange(len(rollout), device=learned.device)
+        step = rollout.loss_mask.int().argmax(1)
+        x, sigma = rollout.observations[row, step], rollout["sigmas"][row, step]
+        velocity = self.velocity(x, sigma, self.condition(rollout.context), rollout.knobs["guidance"])
+        image = predicted_data(x, velocity, sigma)
+        return rollout.with_columns(image=image if self.decode is None else self.decode(image))
 
     def logprob(self, rollout: Rollout) -> Tensor:
         """Differentiable log-probability `[B, T]` of the recorded steps."""

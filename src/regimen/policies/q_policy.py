@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from regimen.knobs import Knob
 from regimen.models.q_network import ActionValues
 from regimen.models.torsos import Observations, torso_for
-from regimen.policies.action import Acted, one_action_each
+from regimen.policies.acting import Acted
+from regimen.policies.action import one_action_each
 from regimen.rollout import Rollout
 
 

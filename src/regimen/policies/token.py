@@ -84,7 +84,7 @@ class TokenPolicy(nn.Module):
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.tokenizer, self.chat, self.system, self.processor = tokenizer, chat, system, processor
         self.stop = StopAt(tokenizer, stop, _further_ends(self.network.base, tokenizer.eos_token_id))
-        self.knobs = (
+        self.knobs: tuple[Knob, ...] = (
             Knob("temperature", temperature, 0.0, evaluation=evaluation_temperature, doc="divides the logits"),
             Knob("top_k", top_k, 0, integer=True, doc="keep at most so many tokens; 0 for all"),
             Knob("top_p", top_p, 1e-6, 1.0, doc="keep tokens up to this probability"),

@@ -18,6 +18,7 @@ from regimen.rewards.expression import (
     Expression,
     FirstApplicable,
     Judgement,
+    MeanReward,
     Scene,
     Score,
     at_last_step,
@@ -33,6 +34,7 @@ __all__ = [
     "FirstApplicable",
     "FunctionReward",
     "Judgement",
+    "MeanReward",
     "Reward",
     "Scene",
     "Score",
@@ -48,12 +50,14 @@ class Reward(Expression):
         name: of the component, in logs and in the knob `weight/<name>`.
         reads: the knobs that it reads.
         stateful: it remembers rollouts, so it is never asked twice about one.
+        differentiable: a gradient may flow through its score into what it looks at.
         version: raise it when the same settings come to mean other values.
     """
 
     name: str = "reward"
     reads: tuple[Knob, ...] = ()
     stateful: bool = False
+    differentiable: bool = False
     version: int = 1
 
     @abstractmethod
@@ -74,6 +78,11 @@ class Reward(Expression):
     def knobs(self) -> tuple[Knob, ...]:
         """The knobs that it reads."""
         return self.reads
+
+    @property
+    def undifferentiable(self) -> list[str]:
+        """Its own name, unless it is differentiable and without a state."""
+        return [] if self.differentiable and not self.stateful else [self.name]
 
     @final
     def leaves(self) -> Iterator[Reward]:

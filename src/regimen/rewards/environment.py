@@ -33,3 +33,26 @@ class EnvironmentReward(Reward):
         why = field_of(rollout, "failure")
         status = torch.tensor([FAILED if text else SCORED for text in why], dtype=torch.uint8, device=value.device)
         return Score(value, status, tuple(dict.fromkeys(text for text in why if text))[:5])
+
+
+class OutcomeReward(Reward):
+    """All that the environment gave in a sample, `[B]`, component `outcome`: it is learned of at the end only.
+
+    It reads the column `env_reward [B, T]`.
+    """
+
+    def __init__(self, column: str = "env_reward", name: str = "outcome") -> None:
+        """Make the reward.
+
+        Args:
+            column: where the reward stands.
+            name: of the component.
+        """
+        self.given = EnvironmentReward(column, name)
+        self.name = name
+
+    def score(self, rollout: Rollout, scene: Scene) -> Score:
+        """The column summed over steps, failed where the environment did."""
+        score = self.given.score(rollout, scene)
+        assert isinstance(score, Score)
+        return Score(torch.where(rollout.mask, score.value, 0).sum(1), score.status, score.errors)

@@ -138,6 +138,15 @@ class Expression(ABC):
         return True
 
     @property
+    def undifferentiable(self) -> list[str]:
+        """The components of its total that no gradient may flow through, by name; see `Reward.differentiable`."""
+        return []
+
+    def answer(self, rollout: Rollout, cast: Mapping[str, Any], knobs: Mapping[str, float]) -> Judgement:
+        """Score a rollout with its graph kept, for objectives that train through a judge."""
+        return self.judge(rollout, Scene(cast, knobs))
+
+    @property
     def term_name(self) -> str:
         """A name for weights and errors."""
         return "+".join(leaf.name for leaf in self.leaves())
@@ -213,6 +222,11 @@ class Composition(Expression):
         """What the parts read."""
         return tuple(knob for part in self.parts for knob in part.knobs)
 
+    @property
+    def undifferentiable(self) -> list[str]:
+        """Those of the parts that train."""
+        return list(dict.fromkeys(name for part in self.parts if part.trains for name in part.undifferentiable))
+
     def _must_train(self, *parts: Expression) -> None:
         for part in parts:
             if not part.trains:
@@ -283,6 +297,11 @@ class GatedReward(Composition):
         self._must_train(reward, gate)
         self.above = above
 
+    @property
+    def undifferentiable(self) -> list[str]:
+        """Those of the reward; the gate is open or closed."""
+        return self.parts[0].undifferentiable
+
     def judge(self, rollout: Rollout, scene: Scene) -> Judgement:
         """Score both, then close the gate where it does not pass."""
         reward, gate = (part.judge(rollout, scene) for part in self.parts)
@@ -320,6 +339,32 @@ class FirstApplicable(Composition):
         none = torch.where((status == FAILED).any(0), FAILED, NOT_APPLICABLE)
         outcome = torch.where((status == SCORED).any(0), SCORED, none).to(torch.uint8)
         return Judgement(components, Score(values[first, rows], outcome))
+
+
+class MeanReward(Composition):
+    """Per sample, the mean of the rewards that apply to it. A sample fails if any failed.
+
+    A sample of one criterion then weighs as much as one of four. Beside a value per step, a value per sample counts at
+    the last step.
+    """
+
+    def __init__(self, *options: Expression) -> None:
+        if not options:
+            raise ValueError("MeanReward needs at least one reward")
+        super().__init__(*options)
+        self._must_train(*options)
+
+    def judge(self, rollout: Rollout, scene: Scene) -> Judgement:
+        """Score all, then average."""
+        judged = [option.judge(rollout, scene) for option in self.parts]
+        components = {name: score for part in judged for name, score in part.components.items()}
+        scores = [_total(part) for part in judged]
+        values = _aligned([torch.where(score.scored, score.value, 0) for score in scores], rollout)
+        status = torch.stack([score.status for score in scores])
+        count = (status == SCORED).sum(0).clamp(min=1)
+        total = torch.stack(values).sum(0)
+        outcome = torch.where((status == FAILED).any(0), FAILED, status.amin(0)).to(torch.uint8)
+        return Judgement(components, Score(total / (count if total.ndim == 1 else count[:, None]), outcome))
 
 
 class LoggedReward(Composition):

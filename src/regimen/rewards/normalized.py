@@ -98,6 +98,11 @@ class NormalizedReward(Composition):
         """Its own name."""
         return self.name
 
+    @property
+    def undifferentiable(self) -> list[str]:
+        """Itself: it must not take in one rollout twice."""
+        return [self.name]
+
     def remembering(self) -> Iterator[Remembering]:
         """What it is made of, and itself."""
         yield from super().remembering()

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from regimen.fields import STEP_FIELDS
 from regimen.knobs import Knob
-from regimen.rollout import STEP_FIELDS, Rollout
+from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
 from regimen.tasks.rows import Order, RowReader, check_finite
 

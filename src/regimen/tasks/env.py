@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from regimen.knobs import Knob
-from regimen.policies.action import Acted, Actor
+from regimen.policies.acting import Act, Acted, Actor, logprobs_of
+from regimen.policies.action import acting
 from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
 from regimen.tasks.environments.base import Change, MakeEnv, Observations, VectorEnv
@@ -146,7 +147,7 @@ class EnvTask:
             version=torch.full((rows,), getattr(policy, "version", 0)),
             columns={"copy": torch.arange(rows)} | ({} if memory is None else {"memory": memory[:rows]}),
             **{name: torch.full((rows,), value, dtype=torch.float64) for name, value in times.items()},
-            **record.fields(rows, 1.0 if self.discount is None else knobs[self.discount.name]),
+            **record.fields(rows, 1.0 if self.discount is None else knobs[self.discount.name], rng.device),
         )
         return rollout.to(rng.device)
 
@@ -169,7 +170,7 @@ class EnvTask:
         self._stand.load_state_dict(state)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Step:
     """One step of every copy.
 
@@ -205,6 +206,7 @@ class _Stand:
     def _clear(self) -> None:
         self.seen: Observations | None = None
         self.ended = torch.ones(self.env.count, dtype=torch.bool, device=self.env.device)
+        self._none = torch.zeros_like(self.ended)
         self.begins = self.ended
         self.memory: Tensor | None = None
         self.episode = {
@@ -222,7 +224,7 @@ class _Stand:
         self._insist_finite(self.seen)
         in_force = {f"knob/{knob.name}": knobs[knob.name] for knob in self.env.knobs}
         self.episode = {name: torch.where(self.ended, in_force[name], old) for name, old in self.episode.items()}
-        self.begins, self.ended = self.ended, torch.zeros_like(self.ended)
+        self.begins, self.ended = self.ended, self._none
 
     def play(
         self,
@@ -235,25 +237,26 @@ class _Stand:
     ) -> _Record:
         """Up to `steps` steps of the first `rows` copies; of `whole` episodes only up to their ends."""
         record, alive = _Record(), torch.arange(self.env.count, device=self.env.device) < rows
+        act = acting(policy, self.env.count, knobs, rng)
         for _ in range(steps):
-            record.steps.append(self._step(policy, knobs, rng, alive))
+            if bool(self.ended.any()):
+                self._start(knobs, _seeds(self.env.count, rng))
+            record.steps.append(self._step(act, alive))
             if whole:
                 alive = alive & ~self.ended
                 if not bool(alive.any()):
                     break
         return record
 
-    def _step(self, policy: Actor, knobs: Mapping[str, float], rng: torch.Generator, alive: Tensor) -> _Step:
-        """One step of every copy, after a new start where one is due."""
-        if bool(self.ended.any()):
-            self._start(knobs, _seeds(self.env.count, rng))
+    def _step(self, act: Act, alive: Tensor) -> _Step:
+        """One step of every copy."""
         seen, begins = self.seen, self.begins
         assert seen is not None, "all have started"
-        acted = policy.act(seen, self.memory, begins, knobs, rng)
+        acted = act(seen, self.memory, begins)
         change = self.env.step(acted.actions)
         self._insist_finite(change.observations)
         self.seen, self.memory = change.observations, acted.memory
-        self.ended, self.begins = change.terminated | change.truncated, torch.zeros_like(begins)
+        self.ended, self.begins = change.terminated | change.truncated, self._none
         return _Step(alive, begins, seen, acted, change, self.episode)
 
     def _insist_finite(self, observations: Observations) -> None:
@@ -300,29 +303,29 @@ class _Record:
         self.steps: list[_Step] = []
 
     def _mask(self) -> Tensor:
-        return torch.stack([step.alive for step in self.steps], 1)
+        return _beside([step.alive for step in self.steps])
 
-    def fields(self, rows: int, discount: float) -> dict[str, Any]:
+    def fields(self, rows: int, discount: float, device: torch.device) -> dict[str, Any]:
         """The fields and step columns of a rollout of the first `rows` copies."""
         steps, first = self.steps, self.steps[0]
-        mask, over = self._mask(), torch.stack([step.change.terminated for step in steps], 1)
+        mask, over = self._mask(), _beside([step.change.terminated for step in steps])
         last = mask & ~pad(mask[:, 1:], (0, 1))
-        cut = torch.stack([step.change.truncated for step in steps], 1)
+        cut = _beside([step.change.truncated for step in steps])
         columns = {
-            "start": torch.stack([step.begins for step in steps], 1),
+            "start": _beside([step.begins for step in steps]),
             "cut": mask & (cut | last) & ~over,
-            "env_reward": torch.stack([step.change.reward for step in steps], 1),
-            "next_observations": torch.stack([step.change.observations for step in steps], 1),
-            **{name: torch.stack([step.episode[name] for step in steps], 1) for name in first.episode},
-            **{name: torch.stack([step.change.info[name] for step in steps], 1) for name in first.change.info},
+            "env_reward": _beside([step.change.reward for step in steps]),
+            "next_observations": _beside([step.change.observations for step in steps]),
+            **{name: _beside([step.episode[name] for step in steps]) for name in first.episode},
+            **{name: _beside([step.change.info[name] for step in steps]) for name in first.change.info},
         }
-        logprobs = [step.acted.logprobs for step in steps if step.acted.logprobs is not None]
+        logprobs = logprobs_of([step.acted for step in steps], device)
         fields: dict[str, Any] = {
             "mask": mask,
             "discount": torch.where(over, 0.0, discount),
-            "observations": torch.stack([step.seen for step in steps], 1),
-            "actions": torch.stack([step.acted.actions for step in steps], 1),
-            **({"logprobs": torch.stack(logprobs, 1)} if logprobs else {}),
+            "observations": _beside([step.seen for step in steps]),
+            "actions": _beside([step.acted.actions for step in steps]),
+            **({} if logprobs is None else {"logprobs": logprobs.to(mask.device)}),
         }
         return {
             **{name: value[:rows] for name, value in fields.items()},
@@ -332,14 +335,22 @@ class _Record:
     def summary(self) -> dict[str, float]:
         """Means over episodes: return, length, and what the environment told in their last step."""
         mask = self._mask()
-        reward = torch.stack([step.change.reward for step in self.steps], 1)
+        reward = _beside([step.change.reward for step in self.steps])
         found = {"return": (reward * mask).sum(1), "length": mask.sum(1)}
         last = mask.sum(1, keepdim=True) - 1
         for name, told in self.steps[0].change.info.items():
             if told.ndim == 1:
-                values = torch.stack([step.change.info[name] for step in self.steps], 1)
+                values = _beside([step.change.info[name] for step in self.steps])
                 found[name] = values.gather(1, last).squeeze(1)
         return {name: float(value.double().mean()) for name, value in found.items()}
+
+
+def _beside(values: list[Any]) -> Any:
+    """What is of `T` steps and `N` copies, `[N, T, ...]`, from a tensor or table `[N, ...]` of each step."""
+    if isinstance(values[0], TensorDict):
+        return torch.stack(values, 1)
+    # Side by side, small tensors are joined at half the speed that they are one below the other.
+    return torch.stack(values).transpose(0, 1).contiguous()
 
 
 def _seeds(count: int, rng: torch.Generator) -> Tensor:

@@ -48,6 +48,7 @@ class ParallelTask:
             raise ValueError(f"ParallelTask: workers={workers}, timeout_s={timeout_s}; expected at least 1 and above 0")
         self.make, self.timeout_s, self.inner = make, timeout_s, make(0)
         self.name, self.group_size, self.generates = self.inner.name, self.inner.group_size, self.inner.generates
+        self.collects: tuple[str, ...] = getattr(self.inner, "collects", (self.name,))
         self._workers = [_Worker(self, number) for number in range(workers)]
 
     @property

@@ -58,6 +58,14 @@ class ChainsWorld:
     verifier = staticmethod(exact_match)
     opened = "<think>"
 
+    def __post_init__(self) -> None:
+        different = self.modulus**self.digits * 2 ** (self.digits - 1)
+        if self.held_out >= different:
+            raise ValueError(
+                f"ChainsWorld: held_out is {self.held_out}, and there are {different} questions of {self.digits} "
+                f"digits below {self.modulus}; hold out fewer, or take more digits"
+            )
+
     def policy(self) -> TokenPolicy:
         """A decoder with random weights."""
         budgets = (f"<{budget}>" for budget in range(1, self.longest_budget + 1))

@@ -53,7 +53,7 @@ def rated_pairs(records: Iterable[Mapping[str, Any]], aspects: Sequence[str] = A
     """
     texts, index, ahead = list[str](), list[tuple[int, int]](), list[list[float]]()
     for record in records:
-        rated = [(answer["response"], _ratings(answer, aspects)) for answer in record["completions"]]
+        rated = [(answer["response"], ratings_of(answer, aspects)) for answer in record["completions"]]
         known = [(text, ratings) for text, ratings in rated if ratings is not None]
         first = len(texts)
         texts += [f"{record['instruction']}\n\n{text}" for text, _ in known]
@@ -69,7 +69,8 @@ def rated_pairs(records: Iterable[Mapping[str, Any]], aspects: Sequence[str] = A
     return RatedPairs(texts, tuple(aspects), torch.tensor(index), torch.tensor(ahead))
 
 
-def _ratings(answer: Mapping[str, Any], aspects: Sequence[str]) -> list[float] | None:
+def ratings_of(answer: Mapping[str, Any], aspects: Sequence[str]) -> list[float] | None:
+    """An answer's rating by every aspect; `None` if it lacks one."""
     told = [str(answer["annotations"][aspect]["Rating"]) for aspect in aspects]
     return [float(rating) for rating in told] if all(rating.isdecimal() for rating in told) else None
 
