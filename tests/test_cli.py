@@ -463,8 +463,6 @@ def test_an_experiment_in_a_file_of_ones_own_runs_like_a_paper_in_worker_process
     results = read_results(tmp_path / "runs" / "my_lines-quick")
     assert results["verdict"] == "holds"
     assert not results["failures"]
-    with pytest.raises(papers.UnknownPaper, match="there is no paper 'tiny'"):
-        papers.record({**results, "scale": "default", "claims": [], "left_out": []})
 
 
 def test_a_file_without_an_experiment_says_what_is_missing(tmp_path: Path) -> None:

@@ -64,12 +64,13 @@ def _check_rollout(task: Task, rollout: Rollout, size: int, setting: Setting, fi
         rollout.task_names == names,
         f"the rollout is of task {rollout.task_names}, expected {names}; use Rollout.create(task=self.name)",
     )
-    counts = rollout.group.unique(return_counts=True)[1].tolist()
-    siblings = task.group_size // len(names)
-    findings.need(
-        set(counts) == {siblings},
-        f"groups have sizes {counts}, expected {siblings} each (group_size); give siblings the same group",
-    )
+    sizes = getattr(task, "group_sizes", (task.group_size // len(names),) * len(names))
+    for name, siblings in zip(names, sizes, strict=True):
+        counts = rollout.group[rollout.task == rollout.task_names.index(name)].unique(return_counts=True)[1].tolist()
+        findings.need(
+            set(counts) == {siblings},
+            f"groups have sizes {counts}, expected {siblings} each (group_size); give siblings the same group",
+        )
     findings.need(
         not bool((rollout.loss_mask & ~rollout.mask).any()),
         "loss_mask is True at steps that do not exist (mask False); make it loss_mask & mask",

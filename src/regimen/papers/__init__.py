@@ -92,7 +92,6 @@ def record(results: Mapping[str, Any]) -> None:
 
     Raises:
         ExperimentError: it is a smoke test, or not all that the paper's verdict needs was trained.
-        UnknownPaper: it is an experiment of a file of one's own.
     """
     from regimen.lab.experiment import ExperimentError
     from regimen.lab.overview import digest
@@ -109,7 +108,6 @@ def record(results: Mapping[str, Any]) -> None:
             f"its changed settings are {', '.join(results['changed']) or 'none'}, its judged claims with gaps: "
             f"{', '.join(gaps) or 'none'}; expected scale 'default' or 'full', no changes and no gaps"
         )
-    _file(results["paper"]["slug"])
     recorded = dict(sorted((verdicts() | {results["paper"]["slug"]: digest(results)}).items()))
     write_text(VERDICTS, json.dumps(recorded, indent=1) + "\n")
 

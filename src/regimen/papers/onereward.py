@@ -99,7 +99,8 @@ class Parts:
         """Every judge on the same labelled samples of the base."""
         s = self.settings
         updates = [self.refresh(name, s.judge_steps) for name in JUDGES]
-        return self._stage("judges", s.judge_iterations, s.judge_batch, "fixed", s.judge_iterations, updates)
+        fixed = ReferenceRefresh(mode="fixed")
+        return self._stage("judges", s.judge_iterations, s.judge_batch, fixed, s.judge_iterations, updates)
 
     def refresh(self, judge: str, steps: int) -> Update:
         """A judge on labelled pairs from the memory, once that holds enough not to be learned by heart."""
@@ -113,19 +114,19 @@ class Parts:
         reward = PairwiseReward(CRITERIA, self.judge, transform=s.transform)
         policy = Update(RewardBackpropObjective(reward), learning_rate=s.learning_rate)
         judge = [self.refresh(self.judge, s.refresh_steps)] if refresh else []
-        return self._stage("reward", s.steps, s.batch_size, reference, s.buffer, [*judge, policy])
+        follows = ReferenceRefresh(mode=reference, decay=s.decay)
+        return self._stage("reward", s.steps, s.batch_size, follows, s.buffer, [*judge, policy])
 
     def _stage(
-        self, name: str, steps: int, batch: int, reference: RefreshMode, buffer: int, updates: Sequence[Update]
+        self, name: str, steps: int, batch: int, reference: ReferenceRefresh, buffer: int, updates: Sequence[Update]
     ) -> Stage:
-        s = self.settings
         return Stage(
             name,
-            [self.world.task(task, s.wrong_labels) for task in TASKS],
+            [self.world.task(task, self.settings.wrong_labels) for task in TASKS],
             steps,
             batch,
             updates=updates,
-            rules=[ReferenceRefresh(mode=reference, decay=s.decay)],
+            rules=[reference],
             memory=partial(ReplayMemory, buffer * batch),
         )
 

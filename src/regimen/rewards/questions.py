@@ -108,6 +108,8 @@ class PassRate(Reward):
     """
 
     name = "pass_rate"
+    # A question and its answers are of different groups, which must not be asked about apart.
+    stateful = True
 
     def __init__(self, answers: Expression, guard: QuestionGuard | None = None) -> None:
         """Make it.

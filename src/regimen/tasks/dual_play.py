@@ -37,7 +37,7 @@ class DualPlayTask:
 
     Attributes:
         group_size: samples to one piece of knowledge, `proposals * (1 + answers)`.
-        collects: the names of the two tasks.
+        collects: the names of the two tasks; group_sizes: of each.
     """
 
     generates = True
@@ -86,6 +86,7 @@ class DualPlayTask:
         self.propose, self.solve, self.parse = propose, solve, parse
         self.proposals, self.answers, self.group_size = proposals, answers, proposals * (1 + answers)
         self.proposer, self.solver, self._evaluate = proposer, solver, evaluate
+        self.group_sizes = (proposals, answers)
         self._reader = RowReader(len(self.rows), order, name)
 
     @property
