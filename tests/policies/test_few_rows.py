@@ -115,12 +115,19 @@ class OwnHead(CategoricalHead):
         return Categorical(-super().forward(features, temperature).logits)
 
 
+def without_bias() -> ActionPolicy:
+    head = CategoricalHead(8, 3)
+    head.logits = nn.Linear(8, 3, bias=False)
+    return ActionPolicy(MLPTorso(6, (8,)), head)
+
+
 NOT_PLAIN: dict[str, ActionPolicy] = {
     "another torso": ActionPolicy(OwnTorso(6, (8,)), CategoricalHead(8, 3)),
     "another head": ActionPolicy(MLPTorso(6, (8,)), OwnHead(8, 3)),
     "another activation": ActionPolicy(MLPTorso(6, (8,), nn.GELU), CategoricalHead(8, 3)),
     "memory": ActionPolicy(MLPTorso(6, (8,)), CategoricalHead(8, 3), core=nn.GRUCell(8, 8)),
     "double precision": ActionPolicy(MLPTorso(6, (8,)), CategoricalHead(8, 3)).double(),
+    "no bias": without_bias(),
     "large layers": ActionPolicy(MLPTorso(6, (600, 600)), CategoricalHead(600, 3)),
 }
 

@@ -34,14 +34,8 @@ class MLPTorso(nn.Module):
 
     def forward(self, observations: Tensor) -> Tensor:
         """Features `[R, width]`."""
-        features = self.as_rows(observations)
-        for layer in self.layers:
-            features = layer(features)
+        features: Tensor = self.layers(observations.flatten(1).to(_precision(self.layers)))
         return features
-
-    def as_rows(self, observations: Tensor) -> Tensor:
-        """What the first layer is given, `[R, inputs]`."""
-        return observations.flatten(1).to(_precision(self.layers))
 
 
 ATARI_LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
-from regimen.models.dense import Dense, product
-from regimen.models.torsos import MLPTorso, Observations
+from regimen.models.torsos import Observations
 from regimen.policies.distributions import ActionDistribution
 
 
@@ -61,32 +58,3 @@ def logprobs_of(steps: Sequence[Acted], device: torch.device) -> Tensor | None:
         return described[0].cat(described).logprob(actions).view(len(steps), -1).t()
     known = [step.logprobs for step in steps if step.logprobs is not None]
     return torch.stack(known, 1) if known else None
-
-
-def unwrapped(module: nn.Module) -> Callable[[Any], Tensor]:
-    """A module as functions that are called one after the other, with its present weights; to the same numbers.
-
-    On the few rows of a step, calling a module costs as much as its arithmetic. Modules that are not known here, or
-    that something watches, are called as they are.
-    """
-    functions = list(_functions(module))
-
-    def network(rows: Any) -> Tensor:
-        for function in functions:
-            rows = function(rows)
-        return cast(Tensor, rows)
-
-    return network
-
-
-def _functions(module: nn.Module) -> list[Callable[[Any], Any]]:
-    kind, watched = type(module), bool(module._forward_hooks or module._forward_pre_hooks)
-    if watched or kind not in (Dense, nn.Linear, nn.Tanh, nn.ReLU, nn.Sequential, MLPTorso):
-        return [module]
-    if isinstance(module, nn.Linear):
-        return [partial(product if kind is Dense else linear, weight=module.weight, bias=module.bias)]
-    if isinstance(module, nn.Sequential):
-        return [function for layer in module for function in _functions(layer)]
-    if isinstance(module, MLPTorso):
-        return [module.as_rows, *_functions(module.layers)]
-    return [torch.tanh if kind is nn.Tanh else torch.relu]

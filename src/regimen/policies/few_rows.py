@@ -49,11 +49,12 @@ class FewRows:
 
 
 def suits(torso: nn.Module, outputs: list[nn.Linear], rows: int) -> bool:
-    """Whether all layers are dense, of single precision, on the CPU, watched by nothing, and small for `rows` rows."""
+    """Whether all layers are dense with biases, in single precision on the CPU, unwatched and small for `rows` rows."""
     if type(torso) is not MLPTorso:
         return False
     layers: list[nn.Module] = [*torso.layers, *outputs]
-    if not all(type(layer) in (Dense, nn.Linear, nn.Tanh, nn.ReLU) for layer in layers):
+    known = all(type(layer) in (Dense, nn.Linear, nn.Tanh, nn.ReLU) for layer in layers)
+    if not known or any(layer.bias is None for layer in layers if isinstance(layer, nn.Linear)):
         return False
     weights = [weight for layer in layers for weight in layer.parameters()]
     fits = all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
