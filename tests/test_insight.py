@@ -194,6 +194,24 @@ def test_a_weight_of_1_or_0_is_one_loss_alone_bit_by_bit(tiny_policy: Build, mu:
     assert not torch.equal(mixed, weights(tiny_policy()))
 
 
+@pytest.mark.parametrize("agrees", [True, False])
+def test_the_weight_moves_towards_the_loss_that_held_out_reward_agrees_with(tiny_policy: Build, agrees: bool) -> None:
+    """The other loss is a KL to what the policy still is and has no gradient, so the held-out loss's sign decides."""
+    held_out = FunctionReward(lambda rollout: (1 if agrees else -1) * rollout["image"].mean((1, 2, 3)), "held_out")
+    moving = MetaGradientWeight(
+        "sft_weight", probe(size=64, reward=held_out), imitation="kl", reinforcement="surrogate", entropy_lr=0.0
+    )
+    seen: list[dict[str, float]] = []
+    train(
+        Regimen(Cast(policy=tiny_policy()), [stage(moving, steps=1)], evaluations=[]),
+        seed=3,
+        listener=lambda event: seen.append(dict(event.metrics)) if event.kind == "step" else None,
+    )
+    found = seen[0]["adapt/meta_gradient"]
+    assert (found < -0.1) if agrees else (found > 0.1)
+    assert (seen[0]["knob/sft_weight"] < 0.5) == agrees
+
+
 def test_probes_are_counted_and_the_weight_in_force_is_logged(tiny_policy: Build, tmp_path: Path) -> None:
     regimen = Regimen(Cast(policy=tiny_policy()), [stage(weight())], evaluations=[])
     outcome = train(regimen, seed=3, out=tmp_path / "run")

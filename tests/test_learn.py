@@ -141,6 +141,22 @@ def test_gradient_is_scaled_down_to_the_limit_and_logged_as_it_was() -> None:
     assert float(policy.weight.detach()) == pytest.approx(-4.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_all_gradients_and_what_is_left_of_them_are_torchs(dtype: torch.dtype) -> None:
+    policy = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3).to(dtype))
+    learner = Learner(descent(max_grad_norm=0.5), Cast(policy=policy))
+    rng = torch.Generator().manual_seed(0)
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in policy.parameters()]
+    for parameter, twin in list(zip(policy.parameters(), twins, strict=True))[1:]:
+        parameter.grad = torch.randn(parameter.shape, generator=rng).to(parameter)
+        twin.grad = parameter.grad.clone()
+    norm = learner._norm()
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(twins, 0.5))
+    learner._clip(norm)
+    for parameter, twin in zip(policy.parameters(), twins, strict=True):
+        torch.testing.assert_close(parameter.grad, twin.grad)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_step_that_is_not_finite_is_skipped_and_counted(bad: float, optimizer: Any) -> None:

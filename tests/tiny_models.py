@@ -54,6 +54,39 @@ def t5_text(width: int) -> tuple[Any, Any]:
     return T5TokenizerFast(vocab=pieces), T5EncoderModel(config).eval()
 
 
+def autoencoder(factor: int) -> Any:
+    """An `AutoencoderKL` of 4 latent channels, each latent of `factor` x `factor` pixels."""
+    import diffusers
+
+    blocks = factor.bit_length()
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4,) * blocks, down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks, norm_num_groups=2, latent_channels=4, layers_per_block=1,
+        scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
+    ).eval()  # fmt: skip
+
+
+def flux_fill_pipeline(factor: int = 4) -> Any:
+    """A `FluxFillPipeline`."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=2 * 4 * 4 + 4 * factor**2, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    )  # fmt: skip
+    tokenizer, with_projection = clip_text(8, 4)
+    tokenizer_2, text_encoder_2 = t5_text(24)
+    return diffusers.FluxFillPipeline(
+        transformer=transformer.eval(), vae=autoencoder(factor), tokenizer=tokenizer, tokenizer_2=tokenizer_2,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**with_projection.config.to_dict())).eval(),
+        text_encoder_2=text_encoder_2,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+    )  # fmt: skip
+
+
 def sd3_pipeline(encoders: bool = True, factor: int = 4, shift: float = 3.0) -> Any:
     """A `StableDiffusion3Pipeline`; without `encoders` it has no text encoder. `factor` is the autoencoder's."""
     import diffusers
@@ -63,16 +96,11 @@ def sd3_pipeline(encoders: bool = True, factor: int = 4, shift: float = 3.0) -> 
         sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=10, pos_embed_max_size=12,
     )  # fmt: skip
-    blocks = factor.bit_length()
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(4,) * blocks, down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks, norm_num_groups=2, latent_channels=4, layers_per_block=1,
-        scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+    vae = autoencoder(factor)
     texts = [(None, None)] * 3 if not encoders else [clip_text(8, 4), clip_text(12, 6), t5_text(24)]
     (tokenizer, text_encoder), (tokenizer_2, text_encoder_2), (tokenizer_3, text_encoder_3) = texts
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer.eval(), vae=vae.eval(),
+        transformer=transformer.eval(), vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
         tokenizer=tokenizer, text_encoder=text_encoder, tokenizer_2=tokenizer_2, text_encoder_2=text_encoder_2,
         tokenizer_3=tokenizer_3, text_encoder_3=text_encoder_3,
@@ -145,6 +173,20 @@ def qwen(tokenizer: Any) -> nn.Module:
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def qwen_judge() -> tuple[nn.Module, Any]:
+    """A Qwen2.5-VL with a processor that needs no video, and so no torchvision."""
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = byte_tokenizer(additional_special_tokens=["<image>", "Yes", "No"])
+    images = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 16 * 16}
+    )
+    # Something stands between two images, as in Qwen's own chats.
+    chat = CHAT.replace("<image>", "[<image>]")
+    return qwen(tokenizer), transformers.LlavaProcessor(image_processor=images, tokenizer=tokenizer, chat_template=chat)
 
 
 def save(folder: Path, *parts: Any) -> str:

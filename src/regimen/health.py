@@ -119,6 +119,8 @@ def flat_groups(rollout: Rollout) -> float:
     if not len(group):
         return 0.0
     _, index, size = group.unique(return_inverse=True, return_counts=True)
+    if len(size) == len(group):
+        return 0.0
     if rollout.advantages is not None:
         mask = rollout.loss_mask.view(*rollout.loss_mask.shape, *[1] * (rollout.advantages.ndim - 2))
         teaching = ((rollout.advantages != 0) & mask).flatten(1).any(1)

@@ -82,10 +82,7 @@ class Learner:
                 cast[name].version += len(taken) > 0
         # A minibatch without samples of a task lacks the metrics of that task's objective.
         names = dict.fromkeys(name for step in taken for name in step)
-        means = {
-            f"{self.update.name}/{name}": float(torch.stack([step[name] for step in taken if name in step]).mean())
-            for name in names
-        }
+        means = {f"{self.update.name}/{name}": _mean([step[name] for step in taken if name in step]) for name in names}
         return Learned(means, len(taken), skipped, first, self._spent["drawn"])
 
     def _accumulate(
@@ -143,14 +140,19 @@ class Learner:
 
     def _norm(self) -> Tensor:
         """Of all gradients together, `[]`."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        gradients = self._gradients()
+        if len({gradient.device for gradient in gradients}) > 1:
+            return torch.nn.utils.get_total_norm(gradients)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _clip(self, norm: Tensor) -> None:
         """Scale the gradients down to the limit of their norm, if it is above."""
-        limit = self.update.max_grad_norm
-        if limit is not None and float(norm) > limit:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
+        limit, found = self.update.max_grad_norm, float(norm)
+        if limit is not None and found > limit:
+            torch._foreach_mul_(self._gradients(), limit / (found + 1e-6))
 
     def _set_learning_rate(self, knobs: Mapping[str, float]) -> None:
         if not isinstance(self.update.learning_rate, float | int):
@@ -165,3 +167,7 @@ class Learner:
         """Restore the optimiser."""
         self._steps = int(state.get("steps", 0))
         self._optimizer.load_state_dict({name: value for name, value in state.items() if name != "steps"})
+
+
+def _mean(values: list[Tensor]) -> float:
+    return float(values[0] if len(values) == 1 else torch.stack(values).mean())

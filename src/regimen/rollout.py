@@ -290,7 +290,9 @@ class _Rows(Rollout):
     def __init__(self, source: Rollout, row: Any, step: Tensor | None = None) -> None:
         if isinstance(row, Tensor) and row.dtype == torch.bool:
             row = row.nonzero().squeeze(1)
-        given = {"task_names": source.task_names, "_names": source._fields()}
+        # Rows of rows have the columns of the source, and do not look for them again.
+        tables = source._tables if isinstance(source, _Rows) else {}
+        given = {"task_names": source.task_names, "_names": source._fields(), "_tables": tables}
         self.__dict__.update(given, _source=source, _row=row, _step=step, _entries={})
         self.__dict__["mask"] = self._taken(source.mask, wide=True)
 
@@ -334,7 +336,10 @@ class _Rows(Rollout):
         return self._entries[name]
 
     def _table_of(self, column: str) -> str | None:
-        return self._source._table_of(column)
+        if column not in self._tables:
+            self._tables[column] = self._source._table_of(column)
+        found: str | None = self._tables[column]
+        return found
 
     def knob(self, name: str) -> Tensor | None:
         """`[B]`, the value of a knob in force while sampling; `None` if it was not among them."""

@@ -157,6 +157,17 @@ def test_demonstrations_that_match_each_other_badly_ask_for_less() -> None:
     assert part.progress == 6
 
 
+def test_what_demonstrations_match_is_each_other_and_not_themselves() -> None:
+    """The third is the first one backwards: of the six ordered pairs two go through in order, and four do not."""
+    line = torch.arange(3.0)[:, None]
+    make = partial(AutomaticDiscountScheduler, probe=Probe(Walkers(line), 1), every=1, progress_start=0.5)
+    several = costs(line, line, line.flip(0))
+    assert [make(several)._reference(k) for k in (1, 2, 3)] == [1, 1, 1]
+    # From the least, the scores at k = 3 are 1, 1, 1, 1, 3, 3; the percentile lies between the fourth and the fifth.
+    assert make(several, reference_percentile=75.0)._reference(3) == pytest.approx(1 + 0.75 * 2)
+    assert make(costs(line))._reference(3) == 3
+
+
 def test_the_first_progress_is_a_part_of_the_length_and_at_least_1() -> None:
     with pytest.warns(UserWarning, match="progress_start=0.01 of 6 frames is none; it starts from 1"):
         starts = [

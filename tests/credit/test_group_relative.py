@@ -53,6 +53,21 @@ def test_population_and_sample_deviation(ddof: int, expected: list[float]) -> No
     torch.testing.assert_close(found, torch.tensor(expected), atol=2e-4, rtol=0)
 
 
+def test_deviation_of_a_task_is_over_its_own_rewards(tiny_rollout: Build) -> None:
+    """Answers in two groups, and four demonstrations in groups of their own, which are nearly all right."""
+    rewards, group = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0]), torch.tensor([0, 0, 1, 1, 2, 3, 4, 5])
+    answers = Rollout(judged(tiny_rollout, rewards[:4], group[:4]).data, ("questions",))
+    shown = Rollout(judged(tiny_rollout, rewards[4:], group[4:] - 2).data, ("demonstrations",))
+    both = Rollout.cat([answers, shown])
+    found = credited(both, std="task", ddof=0, eps=0.0)
+    # Of the answers alone the deviation is sqrt(3) / 4; of all eight rewards it would be 1 / 2.
+    expected = torch.tensor([0.5, -0.5, 0, 0]) / (3**0.5 / 4)
+    torch.testing.assert_close(found[:4, 0], expected)
+    assert torch.equal(found[4:], torch.zeros(4, 4))
+    torch.testing.assert_close(credited(both, std="batch", ddof=0, eps=0.0)[:2, 0], torch.tensor([1.0, -1.0]))
+    assert torch.equal(credited(answers, std="task"), credited(answers, std="batch"))
+
+
 def test_sample_deviation_of_the_batch() -> None:
     found = group_relative(REWARDS, GROUP, std="batch", ddof=1, eps=0.0)
     torch.testing.assert_close(found[0], 0.5 / REWARDS.std())
@@ -157,6 +172,7 @@ def test_only_differences_within_a_group_count(values: list[float], shift: float
 def test_passes_the_checker_for_credit() -> None:
     assert_ok(GroupRelativeAdvantage())
     assert_ok(GroupRelativeAdvantage(std="batch", ddof=0, clip=5.0))
+    assert_ok(GroupRelativeAdvantage(std="task"))
 
 
 def test_bad_inputs_are_named(tiny_rollout: Build) -> None:
@@ -167,8 +183,10 @@ def test_bad_inputs_are_named(tiny_rollout: Build) -> None:
         credited(judged(tiny_rollout)[:1])
     with pytest.raises(ValueError, match=r"rewards \[3\] and group \[2\], expected \[B\]"):
         group_relative(torch.ones(3), torch.arange(2))
-    with pytest.raises(ValueError, match="std 'global' is not one of group, batch, None"):
+    with pytest.raises(ValueError, match="std 'global' is not one of group, batch, task, None"):
         GroupRelativeAdvantage(std="global")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="std 'task' is not one of group, batch, None"):
+        group_relative(torch.ones(2), torch.zeros(2, dtype=torch.int64), std="task")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ddof=2, eps=0.0001; expected ddof 0 or 1"):
         GroupRelativeAdvantage(ddof=2)
     with pytest.raises(ValueError, match="eps=-1"):

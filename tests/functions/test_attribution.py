@@ -45,6 +45,14 @@ def test_leave_one_out_compares_with_the_mean_of_the_others() -> None:
     assert torch.allclose(found, torch.tensor([0.833333, -0.5, 0.166667, -0.5])[:, None].expand(4, 2))
 
 
+def test_a_sample_that_cannot_be_paid_is_none_of_the_others() -> None:
+    """Its reward, whatever stands there, is no part of the mean; of two that leaves one without others."""
+    ends = torch.tensor([[True], [True], [False], [True], [False]])
+    final, group = torch.tensor([1.0, 0.25, 9.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1, 1])
+    found = leave_one_out_contributions(final, group, ends)
+    assert found[:, 0].tolist() == [0.75, -0.75, 0.0, 0.0, 0.0]
+
+
 def test_one_that_has_no_others_is_given_nothing() -> None:
     found = leave_one_out_contributions(torch.tensor([1.0, 3.0]), torch.tensor([7, 2]), torch.ones(2, 3).bool())
     assert torch.equal(found, torch.zeros(2, 3))

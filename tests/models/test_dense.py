@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from regimen.models import dense
-from regimen.models.dense import Dense, large, product
+from regimen.models.dense import Dense, FixedDense, large, product
 from regimen.models.q_network import QNetwork
 
 
@@ -38,6 +38,19 @@ def test_large_products_and_their_gradients_are_those_of_torch(shape: tuple[int,
         grad(found, (x, weight, bias), gradient), grad(expected, (x, weight, bias), gradient), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@torch.no_grad()
+def test_fixed_weights_serve_any_number_of_rows(biased: bool) -> None:
+    x, weight, bias = given(256, 256, 129)
+    layer = FixedDense(weight, bias if biased else None)
+    for rows in (256, 300, 40, 3):
+        few = x.repeat(2, 1)[:rows]
+        expected = nn.functional.linear(few, weight, layer.bias)
+        torch.testing.assert_close(layer(few), expected, rtol=1e-5, atol=1e-4)
+    wide = torch.randn(256, 512)[:, 100:356]
+    torch.testing.assert_close(layer(wide), nn.functional.linear(wide, weight, layer.bias), rtol=1e-5, atol=1e-4)
 
 
 def test_a_gradient_of_the_gradient_is_that_of_torch() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import tiny_models
 from regimen.models import SD3Denoiser
-from regimen.models.sd3_pipeline import FrozenPipeline, SD3Conditioner, save_only_trained
+from regimen.models.frozen_pipeline import FrozenPipeline
+from regimen.models.sd3_pipeline import SD3Conditioner, frozen_sd3, save_only_trained
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -44,7 +45,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def frozen(folder: Path, paths: list[Path]) -> FrozenPipeline:
-    return FrozenPipeline.from_pretrained(folder, TEXTS, paths, SIZE, torch.float32)
+    return frozen_sd3(folder, TEXTS, paths, SIZE, torch.float32)
 
 
 # Texts
@@ -69,7 +70,7 @@ def test_a_missing_third_encoder_is_zeros_as_in_the_pipeline(tmp_path: Path) -> 
     pipeline = tiny_models.sd3_pipeline()
     pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
     pipeline.save_pretrained(tmp_path)
-    frozen = FrozenPipeline.from_pretrained(tmp_path, TEXTS, [], SIZE, torch.float32)
+    frozen = frozen_sd3(tmp_path, TEXTS, [], SIZE, torch.float32)
     embeds, pooled = frozen.prompts([0], CPU)
     expected, _, expected_pooled, _ = pipeline.encode_prompt(TEXTS[0], None, None, do_classifier_free_guidance=False)
     torch.testing.assert_close(embeds, expected, atol=1e-4, rtol=1e-4)
@@ -79,7 +80,7 @@ def test_a_missing_third_encoder_is_zeros_as_in_the_pipeline(tmp_path: Path) -> 
 
 def test_a_pipeline_without_text_encoders_is_loaded(tmp_path: Path) -> None:
     tiny_models.sd3_pipeline(encoders=False).save_pretrained(tmp_path)
-    frozen = FrozenPipeline.from_pretrained(tmp_path, TEXTS, [], SIZE, torch.float32)
+    frozen = frozen_sd3(tmp_path, TEXTS, [], SIZE, torch.float32)
     embeds, pooled = frozen.prompts([0, -1], CPU)
     assert embeds.shape == (2, 77 + 256, 24)
     assert pooled.shape == (2, 10)
@@ -88,10 +89,11 @@ def test_a_pipeline_without_text_encoders_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_missing_clip_leaves_zeros_in_its_place(frozen: FrozenPipeline) -> None:
-    alone = copy.copy(frozen)
-    alone.clips = [frozen.clips[0], (None, None)]
-    one, pooled = alone.encode_text(TEXTS[0], "cpu")
-    both, both_pooled = frozen.encode_text(TEXTS[0], "cpu")
+    encoder: Any = frozen.encoder
+    alone = copy.copy(encoder)
+    alone.clips = [encoder.clips[0], (None, None)]
+    one, pooled = alone(TEXTS[0], "cpu")
+    both, both_pooled = encoder(TEXTS[0], "cpu")
     torch.testing.assert_close(pooled[:4], both_pooled[:4])
     assert not pooled[4:].any()
     torch.testing.assert_close(one[:77, :8], both[:77, :8])
@@ -133,11 +135,11 @@ def test_decoding_a_few_at_a_time_changes_nothing(frozen: FrozenPipeline) -> Non
 def test_what_was_computed_is_kept(
     folder: Path, frozen: FrozenPipeline, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh = FrozenPipeline.from_pretrained(folder, TEXTS, paths, SIZE, torch.float32)
+    fresh = frozen_sd3(folder, TEXTS, paths, SIZE, torch.float32)
     latents = fresh.latents([0], CPU)
     embeds, _ = fresh.prompts([0], CPU)
     monkeypatch.setattr(fresh, "vae", None)
-    monkeypatch.setattr(fresh, "clips", None)
+    monkeypatch.setattr(fresh.encoder, "clips", None)
     assert torch.equal(fresh.latents([0], CPU), latents)
     assert torch.equal(fresh.prompts([0], CPU)[0], embeds)
     with pytest.raises(AttributeError):
@@ -150,7 +152,7 @@ def test_the_grids_shift_is_the_schedulers(frozen: FrozenPipeline) -> None:
 
 
 def test_half_precision_parts_are_loaded_as_asked(folder: Path, paths: list[Path]) -> None:
-    frozen = FrozenPipeline.from_pretrained(folder, TEXTS, paths, SIZE, torch.bfloat16)
+    frozen = frozen_sd3(folder, TEXTS, paths, SIZE, torch.bfloat16)
     assert frozen.vae.dtype == torch.bfloat16
     embeds, pooled = frozen.prompts([0], CPU)
     assert embeds.dtype == pooled.dtype == torch.bfloat16
@@ -160,13 +162,13 @@ def test_half_precision_parts_are_loaded_as_asked(folder: Path, paths: list[Path
 
 def test_wrong_resolutions_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match="resolution 18 is not a multiple of 4, the autoencoder's factor"):
-        FrozenPipeline.from_pretrained(folder, TEXTS, [], 18, torch.float32)
+        frozen_sd3(folder, TEXTS, [], 18, torch.float32)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r"needs diffusers: pip install 'regimen-rl\[diffusers\]'$"):
-        FrozenPipeline.from_pretrained(tmp_path, TEXTS, [], SIZE, torch.float32)
+        frozen_sd3(tmp_path, TEXTS, [], SIZE, torch.float32)
 
 
 # The conditioner
@@ -203,7 +205,8 @@ def test_conditioner_has_no_weights_and_copies_share_the_frozen_parts(frozen: Fr
     assert list(conditioner.parameters()) == []
     assert conditioner.state_dict() == {}
     assert copy.deepcopy(conditioner).frozen is frozen
-    assert not any(p.requires_grad for module in (frozen.vae, frozen.t5[1]) for p in module.parameters())
+    encoder: Any = frozen.encoder
+    assert not any(p.requires_grad for module in (frozen.vae, encoder.t5[1]) for p in module.parameters())
 
 
 # Saving

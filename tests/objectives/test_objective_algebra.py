@@ -169,6 +169,19 @@ def test_share_is_a_slices_part_of_the_minibatch() -> None:
     torch.testing.assert_close(part.weights("token"), torch.full((1, 3), 1 / 6))
 
 
+@pytest.mark.parametrize("learned", [[True] * 6, [True, False, True, True, True, True]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_mean_over_steps_is_the_sum_under_their_weights(learned: list[bool], dtype: torch.dtype) -> None:
+    mask = torch.tensor(learned).view(2, 3)
+    given = Batch(Rollout.create(task="t", group=torch.arange(2), mask=mask), {}, Knobs(), torch.Generator())
+    per_step = torch.randn(int(mask.sum()), generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    found, expected = given.aggregated(per_step, "token"), (per_step * given.weights("token")[mask]).sum()
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(loss, per_step)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*slopes)
+
+
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(KeyError, match="the cast has no member 'critic'; it has: "):
         batch().member("critic")

@@ -30,6 +30,14 @@ def test_masked_steps_change_neither_loss_nor_gradient() -> None:
     assert float(gradient[0, 2]) == 0
 
 
+def test_contributions_in_half_precision_are_summed_in_single() -> None:
+    """Forty times 0.1 in bfloat16 is 4.0039 in float32; a sum in bfloat16, where 4 has a step of 1/32, is not."""
+    contributions = torch.full((1, 40), 0.1, dtype=torch.bfloat16)
+    loss = return_decomposition_loss(contributions, torch.ones(1), torch.ones(1, 40, dtype=torch.bool))
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx((40 * float(contributions[0, 0]) - 1) ** 2, rel=1e-6)
+
+
 def test_unequal_shapes_are_named() -> None:
     with pytest.raises(ValueError, match=r"contributions \[1, 4\], final \[2\] and mask \[1, 4\]"):
         return_decomposition_loss(torch.zeros(1, 4), torch.zeros(2), torch.ones(1, 4, dtype=torch.bool))

@@ -17,8 +17,10 @@ from regimen.lab.jobs import run_folder
 from regimen.lab.results import read_results
 from regimen.lab.runner import Plan, run_experiment
 from regimen.loop import Interrupted, train
-from regimen.papers.amft import FIXED, PAPER, Parts, Settings, ahead, amft
+from regimen.papers.amft import FIXED, PAPER, Parts, Settings, ahead, amft, fixed
 from regimen.progress import Event
+from regimen.rewards import Scene, judge
+from regimen.rollout import Rollout
 from regimen.runs import read_metrics
 from regimen.tasks.worlds.solved_problems import SolvedProblemsWorld
 from tiny_language_models import language_model, save, tokenizer
@@ -71,6 +73,25 @@ def test_the_weight_moves_within_its_bounds_and_fixed_ones_stay(quick: Path) -> 
     assert {metrics["knob/sft_weight"] for metrics in logged(quick, "fixed_20")} == {0.2}
     assert all("adapt/meta_gradient" in metrics for metrics in logged(quick, "amft"))
     assert all(metrics["adapt/meta_move"] == 0 for metrics in logged(quick, "entropy_only"))
+
+
+def test_what_demonstrations_are_worth_does_not_scale_the_advantages_of_answers() -> None:
+    """They are judged in the same batch, and most are right where few answers are."""
+    regimen = fixed(0.5, 0, QUICK)
+    (stage,) = regimen.stages
+    board, rng = stage.board(regimen.cast, {}), torch.Generator().manual_seed(0)
+    parts = [task.collect(regimen.cast, board, rng, 16) for task in stage.tasks]
+    rollout, _ = judge(stage.reward, Rollout.cat(parts), Scene(regimen.cast, board))
+    answers = torch.arange(len(rollout)) < 16
+    rewards = torch.where(answers, torch.arange(len(rollout)) % 4 == 0, rollout.reward)
+    found = []
+    for shown in (rewards, torch.where(answers, rewards, 0), torch.where(answers, rewards, rewards - 7)):
+        advantages = stage.credit(rollout.replace(reward=shown), board, regimen.cast).advantages
+        assert not bool(advantages[~answers].any())
+        found.append(advantages[answers])
+    assert bool(found[0].any())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_claims_compare_solve_rates() -> None:

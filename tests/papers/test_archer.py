@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from regimen import papers
+from regimen.credit import CriticAdvantage
 from regimen.lab.experiment import ArmResult
 from regimen.lab.jobs import run_folder
 from regimen.lab.results import read_results
 from regimen.lab.runner import Plan, run_experiment
 from regimen.loop import Interrupted, train
-from regimen.papers.archer import PAPER, Settings, ahead, archer, base, replayed
+from regimen.papers.archer import PAPER, Settings, ahead, archer, base, baselined, less_expected, replayed
 from regimen.progress import Event
 from regimen.runs import read_metrics
 
@@ -40,7 +41,7 @@ def logged(out: Path, arm: str) -> list[dict[str, Any]]:
 def test_every_arm_is_trained_and_evaluated(quick: Path) -> None:
     results = read_results(quick)
     assert results["failures"] == []
-    assert list(results["arms"]) == [arm.name for arm in PAPER.arms]
+    assert list(results["arms"]) == [arm.name for arm in PAPER.arms if not arm.extended]
     for seeds in results["arms"].values():
         assert PAPER.metrics.keys() <= seeds["0"]["final"].keys()
     assert [claim["name"] for claim in results["claims"]] == [claim.name for claim in PAPER.claims]
@@ -61,6 +62,24 @@ def test_the_actor_waits_for_the_critic(quick: Path) -> None:
         assert all(record["metrics"]["critic/q_loss"] < 10 for record in records)
         steps = QUICK.critic_steps * 5 + QUICK.actor_steps * 3
         assert (records[-1]["gradient_steps"], records[-1]["drawn"]) == (steps, steps * QUICK.batch)
+
+
+def test_the_baseline_of_tokens_is_what_is_taken_off_the_critics_advantage() -> None:
+    """And drawn to that advantage, one head beside the policy, in an arm that is trained only when asked for."""
+    regimen = baselined(0, QUICK)
+    cast, stage = regimen.cast, regimen.stages[0]
+    knobs = {knob.name: knob.default for knob in (*cast["policy"].knobs, *stage.tasks[0].knobs)}
+    turns = stage.tasks[0].collect(cast, knobs, torch.Generator().manual_seed(0), 4)
+    tokens = less_expected(turns, knobs, cast)
+    own = tokens.loss_mask
+    expected = cast["baseline"](cast["policy"].distribution(tokens).hidden)
+    judged = CriticAdvantage()(turns, knobs, cast).advantages[turns.loss_mask]
+    assert torch.equal(tokens["value_target"][own], judged.repeat_interleave(own.sum(1)))
+    assert torch.allclose(tokens.advantages[own], (tokens["value_target"] - expected)[own])
+    assert not tokens.advantages[~own].any()
+    assert not tokens.advantages.requires_grad
+    assert [update.members for update in stage.updates] == [["critic"], ["policy", "baseline"]]
+    assert PAPER.arm("baseline").extended
 
 
 def test_claims_compare_the_curves() -> None:

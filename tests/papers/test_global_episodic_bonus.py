@@ -206,6 +206,33 @@ def test_an_update_is_the_policy_gradient_per_episode_and_the_baseline_moves_by_
     assert not bool(arm.cast["policy"].head.logits.bias.any() | arm.cast["critic"].layer.bias.any())
 
 
+def test_an_update_takes_off_the_baseline_and_raises_the_entropy() -> None:
+    """From any tables: `lr / episodes` times the gradient of `(G - V) log pi + weight H`, summed over steps."""
+    s = dataclasses.replace(Settings(), corridor_steps=1, corridor_entropy=0.3)
+    arm = explored("corridors", "product", 0, s)
+    rng, kept = torch.Generator().manual_seed(5), []
+    table, values = arm.cast["policy"].head.logits.weight, arm.cast["critic"].layer.weight
+    table.data, values.data = torch.randn(5, 41, generator=rng), torch.randn(1, 41, generator=rng)
+    before, value = table.detach().clone().requires_grad_(), values.detach()[0].clone()
+    run, credit = StageRun(arm, arm.stages[0]), arm.stages[0].credit
+    run.start(fresh=True)
+    run.stage.credit = lambda *given: kept.append(credit(*given)) or kept[-1]
+    run.iterate(0, Counters(), torch.Generator().manual_seed(1))
+    (rollout,) = kept
+    gain, gains = torch.zeros(16), torch.zeros(rollout.mask.shape)
+    for step in reversed(range(rollout.steps)):
+        gain = gains[:, step] = torch.where(rollout.mask[:, step], rollout.reward[:, step] + 0.99 * gain, 0)
+    seen, there = rollout.observations, rollout.mask
+    logits = before.T.log_softmax(1)
+    entropy = -(logits.exp() * logits).sum(1)[seen]
+    taken = logits[seen, rollout.actions.clamp(min=0)]
+    aim = torch.where(there, (gains - value[seen]) * taken + 0.3 * entropy, 0).sum() / 16
+    (slope,) = torch.autograd.grad(aim, [before])
+    assert torch.allclose(table, before + 2 * slope, atol=1e-4)
+    moved = torch.zeros(41).index_add_(0, seen[there], (gains - value[seen])[there]) / there.sum()
+    assert torch.allclose(values[0], value + moved, atol=1e-4)
+
+
 def test_no_value_is_expected_after_the_last_step_of_an_episode() -> None:
     arm = explored("corridors", "none", 0, TINY)
     task = arm.stages[0].tasks[0]
@@ -361,6 +388,22 @@ def test_rooms_of_minigrid_are_explored_by_a_policy_with_memory(tmp_path: Path) 
     assert outcome.counters.skipped == 0
     assert 0 <= outcome.evaluations[-1]["metrics"]["maze/success"] <= 1
     assert not all(torch.equal(a, b) for a, b in zip(before, weights(outcome, "policy"), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_arms_of_minigrid_fit_together() -> None:
+    """Every bonus in many rooms, and the product in every place."""
+    pytest.importorskip("minigrid")
+    s = dataclasses.replace(PAPER.scales["full"], device="cpu", copies=1, hidden=8, features=8)
+    for arm in PAPER.arms:
+        place, bonus = arm.name.split("_")
+        if place != "mazes" and bonus != "product":
+            continue
+        regimen = arm.build(0, s)
+        (stage,) = regimen.stages
+        assert regimen.evaluated() == [stage.tasks[0]]
+        assert len(stage.updates) == {"none": 1, "episodic": 2, "global": 2, "product": 3}[bonus]
+        assert stage.tasks[0].name == place
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

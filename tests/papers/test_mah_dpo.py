@@ -127,6 +127,25 @@ def test_every_arms_regimen_passes_the_checks(build: Any) -> None:
     assert check(build(0, TINY)).messages == []
 
 
+def test_the_default_settings_are_those_of_the_page() -> None:
+    s = Settings()
+    assert PAPER.scales["default"] == s
+    assert (s.rounds * s.pairs * 3, s.rounds * s.epochs * s.minibatches) == (12_000, 300)
+    assert (s.beta, s.rate, s.sft_steps, s.sft_batch, s.evaluated, s.controlled) == (0.1, 1e-3, 600, 128, 2000, 500)
+    assert (s.candidates, s.value_discount, s.set_apart) == (5, 0.9, 20)
+    for arm in (heads, partial(one_head, OBJECTIVES)):
+        (stage,) = arm(0, TINY).stages
+        (update,) = stage.updates
+        objective = update.objective
+        assert (objective.beta, objective.variant, objective.group_by, objective.group_shares) == (
+            0.1, "sigmoid", "objective", None,
+        )  # fmt: skip
+        assert (objective.reference, objective.recorded, objective.label_smoothing) == ("policy", "logprobs", 0.0)
+        assert (update.optimizer, update.max_grad_norm, stage.credit.min_gap) == (torch.optim.AdamW, 1.0, 0.0)
+    full = PAPER.scales["full"]
+    assert (full.beta, full.rate, 3 * full.pairs, full.longest) == (0.1, 5e-7, 30, 768)
+
+
 def test_the_process_reward_model_never_sees_the_questions_it_is_tried_on() -> None:
     regimen = guided(0, TINY)
     known = set(regimen.stages[0].tasks[0].rows["question"].tolist())
@@ -252,6 +271,11 @@ def test_the_path_to_rated_answers(tmp_path: Path) -> None:
     assert {"helpfulness", "honesty", "truthfulness"} == held_out.evaluate(
         regimen.cast, {}, torch.Generator()
     ).metrics.keys()
+    common = train(start(0, settings), seed=0)
+    assert common.evaluations[-1]["metrics"] == {
+        f"answers/{name}": 0.5 for name in ("helpfulness", "honesty", "truthfulness")
+    }
+    assert "aligned/preference_accuracy/2" in last_step(one_head(OBJECTIVES, 0, settings))
     with pytest.raises(ValueError, match="arm 'guided' needs answers that a rule calls right"):
         guided(0, settings)
     with pytest.raises(ValueError, match="leave the arms only_... out"):

@@ -87,12 +87,13 @@ def test_claims_are_differences_of_the_mean_over_tasks() -> None:
     assert gain("nothing", "all", seed) == 0.25
 
 
-def test_scaling_the_reward_of_one_task_leaves_what_is_learned_from_unchanged() -> None:
+@pytest.mark.parametrize("center", [False, True])
+def test_scaling_the_reward_of_one_task_leaves_what_is_learned_from_unchanged(center: bool) -> None:
     rng = torch.Generator().manual_seed(0)
     one, other = (torch.randn(3, 8, generator=rng) for _ in range(2))
 
     def normalized(scale: float) -> torch.Tensor:
-        reward = NormalizedReward(EnvironmentReward(), per="task")
+        reward = NormalizedReward(EnvironmentReward(), center=center, per="task")
         rollout = Rollout.cat([
             Rollout.create(task=name, group=torch.zeros(3).long(), mask=torch.ones(3, 8).bool(), step_columns=columns)
             for name, columns in (("a", {"env_reward": scale * one}), ("b", {"env_reward": other}))

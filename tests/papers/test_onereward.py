@@ -68,7 +68,7 @@ def world() -> InpaintingWorld:
 @pytest.fixture
 def made_once(world: InpaintingWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every arm has the same world, whose classifiers are trained once."""
-    monkeypatch.setattr(onereward, "InpaintingWorld", lambda seed: world)
+    monkeypatch.setattr(onereward, "InpaintingWorld", lambda seed, **settings: world)
 
 
 # The smoke test

@@ -16,8 +16,6 @@ from regimen.lab.results import bracket, number
 ROOT = Path(__file__).parents[2]
 SLUGS = papers.available()
 RECORDED = sorted(papers.verdicts())
-# Its real parts load, and are put together by hand: there is no world of real pictures with criteria yet.
-WITHOUT_FULL = {"onereward"}
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -34,8 +32,7 @@ def test_facts_read_from_the_file_are_those_of_the_paper(slug: str) -> None:
 @pytest.mark.parametrize("slug", SLUGS)
 def test_a_paper_has_its_scales_and_reports_metrics(slug: str) -> None:
     paper = papers.load(slug)
-    assert {"quick", "default"} <= paper.scales.keys()
-    assert ("full" in paper.scales) == (slug not in WITHOUT_FULL)
+    assert {"quick", "default", "full"} <= paper.scales.keys()
     kinds = {type(scale) for scale in paper.scales.values()}
     assert len(kinds) == 1
     settings = kinds.pop()

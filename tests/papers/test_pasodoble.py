@@ -32,7 +32,7 @@ from regimen.runs import read_metrics
 from regimen.tasks import PromptTask
 from regimen.tasks.worlds.proposed_chains import ProposedChainsWorld, parse_question
 from regimen.tasks.worlds.proposed_problems import ProposedProblemsWorld, parse_problem
-from regimen.update import Update
+from regimen.update import Epochs, Update
 from tiny_language_models import language_model, save, tokenizer
 
 QUICK: Settings = PAPER.scales["quick"]
@@ -89,6 +89,20 @@ def test_arms_differ_in_what_they_name_alone() -> None:
     assert (ruled.low, ruled.diversity_floor, ruled.diversity_weight, ruled.base) == (0.2, 0.3, 0.2, 0.1)
     free = proposals["unruled"]
     assert (free.low, free.diversity_floor, free.diversity_weight, free.base) == (-0.01, -1, 0, 0.1)
+
+
+def test_the_default_settings_are_those_of_the_page() -> None:
+    s = Settings()
+    assert PAPER.scales["default"] == s
+    (stage,) = dual(0, dataclasses.replace(s, held_out=8)).stages
+    assert (stage.steps, stage.batch_size) == (40, 2 * 8 * (1 + 8))
+    assert stage.credit.credit == GroupRelativeAdvantage(std="group", ddof=1, eps=1e-4)
+    assert (stage.credit.low, stage.credit.high, stage.credit.key) == (0.2, 1.0, "pass_rate")
+    for update, role in zip(stage.updates, ("proposer", "solver"), strict=True):
+        longest = 8 * s.longest + 8
+        assert update.objective == ClippedSurrogateObjective(0.2, aggregate="constant", horizon=longest, member=role)
+        assert (update.members, update.learning_rate, update.batches) == ([role], 1e-4, Epochs(tasks=[role]))
+    assert (s.fact_steps, s.text_steps, s.text_batch, s.noise) == (120, 500, 32, 0.12)
 
 
 def test_the_start_does_not_depend_on_what_it_ignores() -> None:
@@ -150,6 +164,17 @@ def test_the_true_value_of_a_question(question: str, value: str | None) -> None:
 )
 def test_a_proposal_is_parsed_or_asks_nothing(text: str, found: tuple[str, str] | None) -> None:
     assert parse_question(text) == found
+
+
+def test_questions_are_compared_by_the_tokens_that_the_policies_read() -> None:
+    """Of chains the tokens are the words, and so are the sets."""
+    parts = Parts(0, QUICK)
+    one, other = "3 + 4 - 2 + 0", "3 + 4 + 4 - 1"
+    assert parts.tokens(one) == [parts.cast["solver"].tokenizer.convert_tokens_to_ids(word) for word in one.split()]
+    diversity = next(leaf for leaf in parts.judged().leaves() if leaf.name == "diversity")
+    first, second = (frozenset(diversity.tokens(text)) for text in (one, other))
+    assert (len(first & second), len(first | second)) == (4, 7)
+    assert diversity.tokens("") == []
 
 
 # The offline variant, and exact resume
@@ -268,6 +293,20 @@ def test_the_full_scale_runs_on_a_small_model(model: str, tmp_path: Path) -> Non
     outcome = train(dual(0, writing(model, tmp_path)), seed=0)
     assert outcome.counters.samples == 2 * 2 * 3
     assert set(outcome.evaluations[-1]["metrics"]) == {"play/accuracy"}
+
+
+def test_the_full_scale_has_the_settings_of_the_paper(model: str, tmp_path: Path) -> None:
+    full = PAPER.scales["full"]
+    assert (full.pieces, full.proposals, full.answers, full.steps) == (1, 6, 6, 2000)
+    assert (full.learning_rate, full.clip, full.max_new_tokens) == (1e-6, 0.2, 6144)
+    assert (full.low, full.high, full.base, full.diversity_weight, full.diversity_floor) == (0.2, 1.0, 0.1, 0.2, 0.3)
+    assert (full.history, full.similar, full.writes, full.reviews) == (100, 0.8, 10, 5)
+    parts = Parts(0, writing(model, tmp_path))
+    sampled = next(knob for knob in parts.cast["solver"].knobs if knob.name == "temperature")
+    assert (sampled.default, sampled.evaluation) == (0.6, 0.0)
+    assert parts.tokens("Pears cost 3.") == parts.cast["solver"].tokenizer.encode(
+        "Pears cost 3.", add_special_tokens=False
+    )
 
 
 def test_every_arm_of_the_full_scale_fits_together(model: str, tmp_path: Path) -> None:

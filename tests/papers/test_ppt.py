@@ -116,7 +116,11 @@ def test_the_default_scale_gives_every_arm_as_many_updates() -> None:
     }
     assert totals == {12}
     default = PAPER.scales["default"]
-    assert default.short_steps + default.warm_steps + default.long_steps + default.way_steps == 1350
+    assert (default.short_steps, default.warm_steps, default.long_steps, default.way_steps) == (400, 150, 300, 500)
+    assert (default.count, default.diversity, default.scale, default.batch_size) == (6, 1.0, 4.0, 128)
+    assert (default.destination, default.distill_short, default.distill_long) == (1.0, 5.0, 0.5)
+    for stage in ppt(0, TINY).stages:
+        assert all((update.optimizer, update.max_grad_norm) == (torch.optim.Adam, 1.0) for update in stage.updates)
 
 
 def test_every_arm_begins_with_the_same_networks() -> None:
@@ -183,6 +187,58 @@ def test_without_weight_a_teacher_has_no_influence(weight: float) -> None:
         objectives = [update.objective for update in stages.whole(weight, weight).updates]
         found.append([float(loss_of(each, stages, futures(stages)).detach()) for each in objectives])
     assert (found[0] == found[1]) == (weight == 0)
+
+
+def test_the_losses_of_the_first_stages_are_the_paper_s() -> None:
+    """Every next position of the whole track; the nearest destination, and how near all are to each other."""
+    stages = Stages(0, TINY)
+    rollout, cast = futures(stages), stages.cast
+    past, truth = rollout.context["past"], rollout.actions
+    track = torch.cat([past, truth], 1)
+    tracks = stages.world.positions().collect(cast, {}, torch.Generator().manual_seed(0), 8)
+    assert torch.equal(torch.cat([tracks.context["past"], tracks.actions], 1), track)
+    following = cast["next_position"].network(track[:, :19])[0]
+    (next_position,) = stages.short_term().updates
+    short = loss_of(next_position.objective, stages, tracks)
+    assert torch.allclose(short, (following - track[:, 1:]).square().mean(), atol=1e-6)
+    ends = cast["policy"].destinations(past)[0]
+    recon = (ends - truth[:, -1:]).norm(dim=2).amin(1).mean()
+    first, second = torch.triu_indices(ends.shape[1], ends.shape[1], 1)
+    joint = (-(ends[:, first] - ends[:, second]).square().sum(2) / 4).exp().mean()
+    for stage in (stages.warm_up(), stages.long_term(1)):
+        assert torch.allclose(loss_of(stage.updates[0].objective, stages, rollout), recon + joint, atol=1e-5)
+
+
+def test_the_losses_of_the_last_stage_are_the_paper_s() -> None:
+    """Of the networks' own outputs: distances, means over steps and samples, and teachers on the true trajectory."""
+    stages = Stages(0, TINY)
+    short, long = Stages(5, TINY).cast["next_position"], Stages(5, TINY).cast["destinations"]
+    stages.cast._members.update(short_term=short.requires_grad_(False), long_term=long.requires_grad_(False))
+    rollout, cast = futures(stages), stages.cast
+    past, truth = rollout.context["past"], rollout.actions
+    ends, state = cast["policy"].destinations(past)
+    apart = (ends - truth[:, -1:]).norm(dim=2)
+    nearest = ends[torch.arange(8), apart.argmin(1)]
+    way, states = cast["policy"].trajectory(past, nearest)
+    # Slots 8 to 19 of the pedestrian's whole track.
+    taught = short.network(torch.cat([past, truth], 1)[:, :19])[1][:, 7:19]
+    told = long.network(past)[1]
+    on_the_way = (way - truth).norm(dim=2).mean()
+    on_the_way = on_the_way + 5 * (cast["short_term_projection"](states) - taught).square().mean()
+    at_the_end = apart.amin(1).mean() + 0.5 * (cast["long_term_projection"](state) - told).square().mean()
+    found = [loss_of(update.objective, stages, rollout) for update in stages.whole(5.0, 0.5).updates]
+    assert torch.allclose(torch.stack(found), torch.stack([on_the_way, at_the_end]), atol=1e-5)
+
+
+def test_the_way_s_loss_does_not_move_the_destinations() -> None:
+    ends = []
+    for updates in (slice(0, 2), slice(1, 2)):
+        regimen = ppt(0, TINY)
+        regimen.cast.snapshot("next_position", "short_term")
+        stage = regimen.stages[3]
+        run_stage(regimen, dataclasses.replace(stage, updates=stage.updates[updates]))
+        ends.append(weights(regimen, "destinations"))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_the_baseline_has_the_same_terms_and_no_teacher() -> None:

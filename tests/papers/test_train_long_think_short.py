@@ -19,11 +19,13 @@ from regimen import papers
 from regimen.cast import Cast
 from regimen.controllers import Constant, Exponential, Steps
 from regimen.controllers.curves import Curve
+from regimen.credit import GroupRelativeAdvantage
 from regimen.lab.experiment import ArmResult
 from regimen.lab.jobs import run_folder
 from regimen.lab.results import read_results
 from regimen.lab.runner import Plan, run_experiment
 from regimen.loop import Interrupted, train
+from regimen.objectives import ClippedSurrogateObjective
 from regimen.papers.train_long_think_short import PAPER, Parts, Settings, curriculum, difference, length_margin
 from regimen.progress import Event
 from regimen.regimen import Regimen
@@ -36,6 +38,7 @@ from regimen.tasks.worlds import chains, gsm8k
 from regimen.tasks.worlds.budgeted import tokens
 from regimen.tasks.worlds.chains import ChainsWorld
 from regimen.tasks.worlds.gsm8k import GSM8KWorld, final_numbers
+from regimen.update import Epochs
 from tiny_language_models import language_model, save, tokenizer
 
 QUICK: Settings = PAPER.scales["quick"]
@@ -165,6 +168,22 @@ def test_every_budget_of_every_arm_is_one_word(arm: str) -> None:
         prompt = policy.encode(chains.TEMPLATE.format(question="1 + 2 - 3 + 4", token_budget=budget))
         assert len(prompt) == 1 + 7 + 2
         assert unknown not in prompt
+
+
+def test_the_default_settings_are_those_of_the_page() -> None:
+    s = Settings()
+    assert PAPER.scales["default"] == s
+    (stage,) = PAPER.arm("curriculum").build(0, dataclasses.replace(s, held_out=9)).stages
+    assert (stage.steps, stage.batch_size, stage.tasks[0].group_size) == (100, 24 * 8, 8)
+    assert stage.credit == GroupRelativeAdvantage(std="group", ddof=0, eps=1e-4)
+    (update,) = stage.updates
+    assert update.objective == ClippedSurrogateObjective(clip=0.2, aggregate="sequence")
+    assert (update.learning_rate, update.batches, s.max_new_tokens, s.held_out) == (3e-4, Epochs(1, 1), 80, 500)
+    (schedule,) = stage.controllers
+    assert [int(schedule.curve(step) + 1e-9) for step in (0, 24, 25, 50, 75, 99)] == [48, 48, 38, 30, 24, 24]
+    full = PAPER.scales["full"]
+    assert (full.steps, full.group_size, full.start_budget, full.final_budget, full.drops) == (600, 8, 256, 87, 3)
+    assert full.max_new_tokens == 2 * full.start_budget
 
 
 def test_arms_differ_in_budget_and_reward_alone() -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from regimen import papers
+from regimen.cast import ReferenceRefresh
+from regimen.credit import GroupRelativeAdvantage
 from regimen.lab.experiment import ArmResult
 from regimen.lab.jobs import run_folder
 from regimen.lab.results import read_results
@@ -20,6 +22,7 @@ from regimen.lab.statistics import judge_claim, verdict
 from regimen.papers import unipic2
 from regimen.papers.unipic2 import PAPER, WORLDS, Parts, Settings, World
 from regimen.runs import read_metrics
+from regimen.update import Epochs
 
 REINFORCED = ("edit_only", "generate_only", "mixed", "staged", "reversed")
 
@@ -151,6 +154,27 @@ def test_scales_differ_where_they_say() -> None:
     assert dataclasses.replace(quick, pretrain_steps=1500, stage_steps=60, evaluate_every=20) == default
     assert full.pretrain_steps == 0  # The model is pre-trained.
     assert PAPER.requires["full"] == "diffusers"
+
+
+def test_reinforcement_has_the_numbers_of_the_public_trainer() -> None:
+    """Advantages by the batch's population deviation, two steps per rollout, the last denoising step left out."""
+    parts = Parts(0, Settings())
+    stage = parts.reinforce("edit", "edit")
+    assert stage.credit == GroupRelativeAdvantage(std="batch", ddof=0, eps=1e-4, clip=5.0)
+    (update,) = stage.updates
+    assert (update.batches, update.learning_rate, update.max_grad_norm) == (Epochs(1, 2), 3e-4, 1.0)
+    assert (update.optimizer, update.options) == (torch.optim.AdamW, {"weight_decay": 1e-4})
+    surrogate, divergence = update.objective.leaves()
+    assert (surrogate.clip, surrogate.clip_high, surrogate.aggregate) == (1e-3, None, "sequence")
+    assert (divergence.estimator, divergence.reference, stage.rules) == (
+        "flow_grpo", "reference", [ReferenceRefresh(mode="copy")],
+    )  # fmt: skip
+    knobs = {knob.name: knob for knob in parts.cast["policy"].knobs}
+    found = {name: (knob.default, knob.evaluation) for name, knob in knobs.items()}
+    assert found == {"sampling_steps": (8, 20), "noise_level": (0.7, 0.0), "guidance": (1.0, None)}
+    assert (stage.steps, stage.batch_size, parts.edit.group_size, Settings().wrong_captions) == (60, 256, 16, 0.4)
+    full = PAPER.scales["full"]
+    assert (full.clip, full.kl_weight, full.learning_rate, full.group_size) == (1e-4, 0.04, 3e-4, 24)
 
 
 # Claims

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +102,22 @@ def test_squashed_actions_stay_in_their_box_and_score_the_same_again() -> None:
         SquashedGaussian(mean[:1], std[:1], LOW, HIGH).logprob(edge),
         SquashedGaussian(mean[:1], std[:1], LOW, HIGH).logprob(edge + 1),
     )
+
+
+@pytest.mark.parametrize("kind", [gaussian, squashed])
+def test_a_proposal_is_scored_as_any_action_with_the_same_gradient(kind: Callable[..., Any]) -> None:
+    """Against the density of the action itself; of a squashed one in a box from -1 to 1, of which it is the density."""
+    seen = []
+    for proposed in (True, False):
+        given = kind()[0]
+        parameters = [given.mean.clone().requires_grad_(), given.std.clone().requires_grad_()]
+        box = [-torch.ones(3).double(), torch.ones(3).double()] if kind is squashed else []
+        mine, rng = type(given)(*parameters, *box), torch.Generator().manual_seed(3)
+        actions, logprob = mine.propose(rng)
+        scored = logprob if proposed else mine.logprob(actions)
+        seen.append([actions, scored, *torch.autograd.grad((scored * actions.sum(-1)).sum(), parameters)])
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
 def test_modes() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regimen.models import MLPTorso
 from regimen.policies import Acted, ActionPolicy, CategoricalHead, GaussianHead, UniformPolicy
-from regimen.policies.acting import logprobs_of
+from regimen.policies.acting import joined, logprobs_of
 from regimen.policies.action import acting
 from regimen.policies.distributions import Categorical, Gaussian
 
@@ -43,6 +43,11 @@ def stretch(policy: ActionPolicy, knobs: Mapping[str, float], steps: int = 5) ->
     return [act(torch.randn(4, 2, 3, generator=seen), None, begins) for _ in range(steps)]
 
 
+def logprobs(steps: list[Acted]) -> Tensor | None:
+    """`[T N]`."""
+    return logprobs_of(joined(steps), torch.device("cpu"))
+
+
 def by_torch(policy: ActionPolicy, knobs: Mapping[str, float]) -> list[Acted]:
     """The same with a network that something watches, which keeps numpy away."""
     handle = policy.torso.register_forward_hook(lambda *_: None)
@@ -60,7 +65,7 @@ def test_actions_and_their_logprobs_are_those_of_torch(kind: str, temperature: f
     quick, plain = stretch(policy, knobs), by_torch(policy, knobs)
     for mine, theirs in zip(quick, plain, strict=True):
         torch.testing.assert_close(mine.actions, theirs.actions, rtol=0, atol=1e-5)
-    scored, expected = (logprobs_of(steps, torch.device("cpu")) for steps in (quick, plain))
+    scored, expected = logprobs(quick), logprobs(plain)
     if temperature == 0:
         assert scored is None
     else:
@@ -72,13 +77,13 @@ def test_a_step_by_itself_is_that_of_a_stretch(kind: str) -> None:
     policy, begins = policy_of(kind), torch.zeros(4, dtype=torch.bool)
     rng, seen = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     steps = stretch(policy, {"temperature": 1.0})
-    logprobs = logprobs_of(steps, torch.device("cpu"))
-    assert logprobs is not None
-    assert logprobs.shape == (4, 5)
+    together = logprobs(steps)
+    assert together is not None
+    assert together.shape == (20,)
     for place, step in enumerate(steps):
         alone = policy.act(torch.randn(4, 2, 3, generator=seen), None, begins, {"temperature": 1.0}, rng)
         assert torch.equal(alone.actions, step.actions)
-        torch.testing.assert_close(alone.logprobs, logprobs[:, place])
+        torch.testing.assert_close(alone.logprobs, together[4 * place : 4 * place + 4])
 
 
 def test_weights_are_shared_so_that_a_gradient_step_is_seen() -> None:
@@ -153,14 +158,14 @@ def test_a_policy_that_acts_in_its_own_way_is_asked_at_every_step() -> None:
 def test_logprobs_that_are_known_are_taken_as_they_are() -> None:
     act = acting(UniformPolicy(spaces.Discrete(4)), 3, {}, torch.Generator())
     steps = [act(torch.zeros(3), None, torch.zeros(3, dtype=torch.bool)) for _ in range(2)]
-    found = logprobs_of(steps, torch.device("cpu"))
+    found = logprobs(steps)
     assert found is not None
-    torch.testing.assert_close(found, torch.full((3, 2), 0.25).log())
+    torch.testing.assert_close(found, torch.full((6,), 0.25).log())
 
 
 def test_distributions_of_several_steps_are_joined_in_order() -> None:
     logits = torch.randn(3, 2, 5)
     assert torch.equal(Categorical.cat([Categorical(part) for part in logits]).logits, logits.flatten(0, 1))
-    joined = Gaussian.cat([Gaussian(part, part.exp()) for part in logits])
-    assert torch.equal(joined.mean, logits.flatten(0, 1))
-    assert torch.equal(joined.std, logits.exp().flatten(0, 1))
+    gaussian = Gaussian.cat([Gaussian(part, part.exp()) for part in logits])
+    assert torch.equal(gaussian.mean, logits.flatten(0, 1))
+    assert torch.equal(gaussian.std, logits.exp().flatten(0, 1))

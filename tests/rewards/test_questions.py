@@ -177,6 +177,22 @@ def test_questions_enter_the_history_after_they_are_scored_and_only_if_one_is_so
     assert diversity.score(game(QUESTIONS, ANSWERS), Scene()).value[:3].tolist() == [0.5, 0.5, 1]
 
 
+def test_only_proposals_are_compared_wherever_they_stand_and_as_the_tokens_they_are_read_as() -> None:
+    read: list[str] = []
+
+    def letters(text: str) -> list[str]:
+        read.append(text)
+        return list(text)
+
+    _, _, diversity = parts(tokens=letters)
+    rollout = game([("ab", "2"), ("cd", "4")], [["2", "2"], ["4", "4"]])
+    diversity.score(rollout[torch.tensor([2, 3, 0, 4, 5, 1])], Scene())
+    assert read == ["ab", "cd"]
+    again = game([("abx", "2"), ("ba", "4")], [["2", "2"], ["4", "4"]])[torch.tensor([2, 3, 1, 4, 5, 0])]
+    # Of {a, b, x} neither of the two is alike, of {a, b} one is.
+    assert diversity.score(again, Scene()).value.tolist() == [0, 0, 0.5, 0, 0, 1]
+
+
 def test_the_history_is_bounded_and_goes_on_from_a_checkpoint() -> None:
     _, _, diversity = parts(history=3)
     diversity.score(game(QUESTIONS, ANSWERS), Scene())

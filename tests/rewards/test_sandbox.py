@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import venv
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -292,6 +293,38 @@ def test_many_files_break_disk_mb(marked: Marked) -> None:
                 file.write(b"x" * 999_999)
     """
     assert marked.run(source).breach == "needed more than 4 MB of disk (disk_mb)"
+
+
+@needs_namespaces
+def test_readable_paths_under_tmp_leave_tmp_a_place_to_write_within_disk_mb(marked: Marked) -> None:
+    source = """
+        import os, sys
+        print(sorted(os.listdir(".")), open(sys.argv[2]).read(), flush=True)
+        open("/tmp/first", "w").write("x" * 999_999)
+        for number in range(9):
+            open(str(number), "w").write("x" * 999_999)
+    """
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        text = Path(folder, "text")
+        text.write_text("seen")
+        files = {"program.py": textwrap.dedent(source)}
+        outcome = run_limited([*marked.argv(), str(text)], files=files, limits=TIGHT, readable=[folder])
+        assert outcome.stdout == "['program.py'] seen\n"
+        assert outcome.breach == "needed more than 4 MB of disk (disk_mb)"
+        assert os.listdir(folder) == ["text"]
+
+
+@needs_namespaces
+def test_an_interpreter_under_tmp_runs_programs_that_write_to_tmp(marked: Marked) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, symlinks=True)
+        inner = "import sys; open('/tmp/new', 'w').write('x'); print(sys.prefix, open('/tmp/new').read())"
+        outer = (
+            f"import sys; sys.path.append({str(Path(sandbox.__file__).parent)!r})\n"
+            f"import sandbox; outcome = sandbox.run_python({inner!r}); print(outcome.stdout, outcome.why)"
+        )
+        said = subprocess.run([f"{folder}/bin/python", "-c", outer, marked.word], capture_output=True, text=True)
+        assert said.stdout.splitlines() == [f"{folder} x", " ended well"]
 
 
 @needs_namespaces

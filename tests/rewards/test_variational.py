@@ -96,6 +96,10 @@ def test_probabilities_to_win_have_the_worked_values() -> None:
     for chunk in (1, 2, 128):
         assert win_probability(rewards, comparison, chunk)[0].tolist() == pytest.approx(expected, abs=1e-6)
     assert torch.allclose(win_probability(rewards + 5, comparison + 5), win_probability(rewards, comparison))
+    others = torch.linspace(-1, 1, 7)[None]
+    larger = win_probability(10 * others, 10 * comparison)
+    assert torch.equal(larger.argsort(), win_probability(others, comparison).argsort())
+    assert bool((larger.diff() > 0).all())
     sample = torch.tensor([1.0])
     assert float(win_probability(sample, comparison)) == pytest.approx(expected[0], abs=1e-6)
 

@@ -116,6 +116,18 @@ def test_labels_say_which_place_is_nearer_to_the_users_goal() -> None:
     assert torch.equal(UserGoals().answers(rows, pairs.first, pairs.second), pairs.label)
 
 
+def test_a_segment_is_worth_the_sum_of_its_states_to_a_user() -> None:
+    """Of two states each; every state of the first is nearer, one of them is, or none."""
+    user = torch.zeros(3, dtype=torch.int64)  # Whose goal is at (1, 1).
+    near, far, middle = [1.0, 1.0], [1.0, -1.0], [1.0, 0.5]
+    first = torch.tensor([[[near, near]], [[near, far]], [[far, far]]])
+    second = torch.tensor([[[far, middle]], [[middle, middle]], [[near, far]]])
+    rows = TensorDict({"user": user}, batch_size=[3])
+    answers = UserGoals().answers(rows, first, second)
+    assert answers.tolist() == [[1.0], [0.0], [0.0]]
+    assert torch.equal(answers, UserGoals().label(first, second, user, torch.zeros(3, 2)))
+
+
 def test_users_who_are_less_sure_err_more() -> None:
     rates = []
     for scale in (1.0, 10.0):

@@ -253,6 +253,27 @@ def policies() -> dict[str, tuple[Callable[[], EnvTask], dict[str, Any]]]:
     }
 
 
+@pytest.mark.parametrize("at_hand", [1, 2])
+@pytest.mark.parametrize("kind", policies())
+def test_a_stretch_put_together_in_parts_is_that_of_one_piece(
+    monkeypatch: pytest.MonkeyPatch, kind: str, at_hand: int
+) -> None:
+    def found() -> tuple[list[Rollout], Evaluation]:
+        make, settings = policies()[kind]
+        torch.manual_seed(0)
+        task = make()
+        policy = ActionPolicy.for_spaces(*task.spaces, **settings)
+        rng = torch.Generator().manual_seed(0)
+        return collected(task, 2, policy), task.evaluate({"policy": policy}, Knobs.of(policy, task), rng)
+
+    whole, evaluated = found()
+    monkeypatch.setattr("regimen.tasks.env._AT_HAND", at_hand)
+    parts, again = found()
+    for one, other in zip(whole, parts, strict=True):
+        same(one, other)
+    assert evaluated == again
+
+
 @pytest.mark.parametrize("kind", policies())
 def test_our_tasks_pass_the_check_of_tasks(kind: str) -> None:
     """Among others: a resumed task collects what the interrupted one would have."""

@@ -389,6 +389,19 @@ def test_full_scale_of_unipic2_trains_adapters_alone(full: unipic2.Settings) -> 
         assert all("lora_" in name for name in changed)
 
 
+def test_full_scale_starts_from_the_model_as_it_is_and_only_supervised_arms_need_pairs(full: unipic2.Settings) -> None:
+    without = replace(full, pairs=None)
+    needs = [arm.name for arm in unipic2.PAPER.arms if "supervised" in arm.name]
+    for arm in unipic2.PAPER.arms:
+        if arm.name in needs:
+            with pytest.raises(ValueError, match="supervised needs pairs"):
+                arm.build(0, without)
+        else:
+            regimen = arm.build(0, without)
+            assert (regimen.stages[0].steps == 0) == (arm.name == "base")
+            assert [task.name for task in regimen.evaluated()] == ["generate", "edit"]
+
+
 def test_full_scale_keeps_the_base_policy_as_its_reference(full: unipic2.Settings) -> None:
     regimen = unipic2.staged(0, full)
     stage, policy = regimen.stages[0], regimen.cast["policy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 from regimen.knobs import Knob
 from regimen.rollout import Rollout
 
-Spread = Literal["group", "batch"]
+Spread = Literal["group", "batch", "task"]
 
 
 def group_relative(
     rewards: Tensor,
     group: Tensor,
     *,
-    std: Spread | None = "group",
+    std: Literal["group", "batch"] | None = "group",
     ddof: int = 1,
     eps: float = 1e-4,
     include: Tensor | None = None,
@@ -43,7 +44,7 @@ def group_relative(
     """
     if rewards.ndim != 1 or rewards.shape != group.shape:
         raise ValueError(f"group_relative: rewards {list(rewards.shape)} and group {list(group.shape)}, expected [B]")
-    _check_settings("group_relative", std, ddof, eps)
+    _check_settings("group_relative", std, ("group", "batch"), ddof, eps)
     include = torch.ones_like(group, dtype=torch.bool) if include is None else include
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if len(index) else 0
@@ -68,9 +69,9 @@ def group_relative(
     return centred / (variance.sqrt()[index] + eps)
 
 
-def _check_settings(owner: str, std: Spread | None, ddof: int, eps: float) -> None:
-    if std not in (None, *get_args(Spread)):
-        raise ValueError(f"{owner}: std '{std}' is not one of {', '.join(get_args(Spread))}, None")
+def _check_settings(owner: str, std: str | None, known: tuple[str, ...], ddof: int, eps: float) -> None:
+    if std not in (None, *known):
+        raise ValueError(f"{owner}: std '{std}' is not one of {', '.join(known)}, None")
     if ddof not in (0, 1) or eps < 0:
         raise ValueError(f"{owner}: ddof={ddof}, eps={eps}; expected ddof 0 or 1 and eps >= 0")
 
@@ -84,6 +85,9 @@ class GroupRelativeAdvantage:
     """Group-relative advantages, copied to every step of a sample; see `group_relative`.
 
     A reward per step is summed over the steps first. `clip` bounds the advantages on both sides.
+
+    `std="task"` is `"batch"` for each task by itself: demonstrations that are judged in the same batch, or tasks with
+    rewards of other sizes, would otherwise count in the deviation.
     """
 
     std: Spread | None = "group"
@@ -92,7 +96,7 @@ class GroupRelativeAdvantage:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        _check_settings("GroupRelativeAdvantage", self.std, self.ddof, self.eps)
+        _check_settings("GroupRelativeAdvantage", self.std, get_args(Spread), self.ddof, self.eps)
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"GroupRelativeAdvantage: clip is {self.clip}, expected above 0")
 
@@ -106,9 +110,17 @@ class GroupRelativeAdvantage:
         if rollout.reward is None:
             raise ValueError("GroupRelativeAdvantage: the rollout has no reward; give the stage a reward that trains")
         total = rollout.reward if rollout.reward.ndim == 1 else (rollout.reward * rollout.mask).sum(1)
-        advantage = group_relative(
-            total, rollout.group, std=self.std, ddof=self.ddof, eps=self.eps, include=rollout.loss_mask.any(1)
-        )
+        advantage = self._relative(total, rollout)
         if self.clip is not None:
             advantage = advantage.clamp(-self.clip, self.clip)
         return rollout.replace(advantages=advantage[:, None] * rollout.loss_mask)
+
+    def _relative(self, total: Tensor, rollout: Rollout) -> Tensor:
+        """`[B]`, of sums `[B]`."""
+        relative = partial(group_relative, total, rollout.group, ddof=self.ddof, eps=self.eps)
+        include = rollout.loss_mask.any(1)
+        if self.std != "task":
+            return relative(std=self.std, include=include)
+        apart = [include & (rollout.task == task) for task in range(len(rollout.task_names))]
+        # What is left out gets 0, so the tasks add up.
+        return torch.stack([relative(std="batch", include=rows) for rows in apart]).sum(0)

@@ -101,4 +101,4 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def mean_of(values: Tensor) -> Tensor:
     """Mean of all values, `[]`; 0 of none."""
-    return values.sum() / max(values.numel(), 1)
+    return values.mean() if values.is_floating_point() and values.numel() else values.sum() / max(values.numel(), 1)

@@ -68,11 +68,13 @@ def uniform_contributions(final: Tensor, ends: Tensor) -> Tensor:
 def leave_one_out_contributions(final: Tensor, group: Tensor, ends: Tensor) -> Tensor:
     """`R` minus the mean `R` of the others of the sample's group, for each action, `[B, T]`; 0 without others.
 
-    As in the code published with SPA-RL (2025). They do not add up to `R`: each action is given all of it.
+    As in the code published with SPA-RL (2025). They do not add up to `R`: each action is given all of it. Samples none
+    of whose steps may be paid count nowhere, as those that could not be judged.
     """
     _, index = group.unique(return_inverse=True)
-    groups = int(index.max()) + 1 if len(index) else 0
-    count = torch.bincount(index, minlength=groups)[index]
+    groups, there = int(index.max()) + 1 if len(index) else 0, ends.any(1)
+    final = torch.where(there, final, 0)
+    count = torch.bincount(index[there], minlength=groups)[index]
     total = final.new_zeros(groups).index_add(0, index, final)[index]
     others = (total - final) / (count - 1).clamp(min=1)
     return torch.where(ends & (count > 1)[:, None], (final - others)[:, None], 0)

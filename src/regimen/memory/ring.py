@@ -39,7 +39,10 @@ class Ring:
         """Store rows `[R]`, at most `capacity`, over the oldest ones; the slots they lie in, int64 `[R]`."""
         table = _room(rows, self.capacity) if self.table is None else self.table.to(rows.device)
         slots = torch.arange(self.count, self.count + len(rows), device=rows.device) % self.capacity
-        table[slots] = rows
+        first = self.count % self.capacity
+        end = first + len(rows)
+        # A slice, where they lie side by side, is written in less time than places one by one.
+        table[slice(first, end) if end <= self.capacity else slots] = rows
         self.table, self.count = table, self.count + len(rows)
         return slots
 

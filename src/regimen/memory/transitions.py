@@ -56,11 +56,11 @@ class Transitions:
         return self._at(self._ring.last(size))
 
     def _at(self, first: Tensor) -> TensorDict:
-        drawn = self._ring[first]
-        exists = self._onward(first)
-        # Where a trajectory has ended its last step stands again, and not what another, or none, has left there.
-        slots = (first[:, None] + exists.cumsum(1) - 1) % self._ring.capacity
+        drawn, slots = self._ring[first], first[:, None]
         if self._ahead:
+            exists = self._onward(first)
+            # Where a trajectory has ended its last step stands again, and not what another, or none, has left there.
+            slots = (slots + exists.cumsum(1) - 1) % self._ring.capacity
             self._widen(drawn, slots, exists)
         if self._following is not None:
             after = self._following.at(slots, self._table.get("observations").squeeze(1))

@@ -2,7 +2,7 @@
 
 from .causal_lm import CausalLM
 from .classifiers import ImageClassifier
-from .comparators import Criteria, EncoderComparator, labelled_pairs, preference
+from .comparators import Criteria, EncoderComparator, PastedComparator, labelled_pairs, preference
 from .double_critic import DoubleCritic
 from .encoders import MultimodalEncoder, SmallMultimodalEncoder, TransformersEncoder
 from .flux_fill import FluxFillDenoiser
@@ -60,6 +60,7 @@ __all__ = [
     "OutlierPartition",
     "PairEncoder",
     "Pairs",
+    "PastedComparator",
     "PolicyEncoder",
     "PooledTextTorso",
     "ProcessValue",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,12 +116,6 @@ class CausalLM(nn.Module):
         """One of our own that is equal to that of `transformers` and faster, for a model that it knows."""
         return self._forward if self._forward is not None and self._forward.applies else None
 
-    @contextmanager
-    def weights_fixed(self) -> Iterator[None]:
-        """Promise that no weight changes while in this context, so that preparations are made once."""
-        with nullcontext() if (forward := self.forward_pass) is None else forward.joined():
-            yield
-
     def plain_hidden(
         self,
         ids: Tensor,
@@ -168,12 +162,12 @@ class CausalLM(nn.Module):
         head = self.base.get_output_embeddings()
         plain = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
         found: Tensor = product(hidden, head.weight, head.bias) if plain else head(hidden)
-        found = found.to(torch.promote_types(found.dtype, torch.float32))
-        if scale := getattr(self.config, "logit_scale", None):
+        found, config = found.to(torch.promote_types(found.dtype, torch.float32)), self.config
+        if scale := getattr(config, "logit_scale", None):
             found = found * scale
-        if scale := getattr(self.config, "logits_scaling", None):
+        if scale := getattr(config, "logits_scaling", None):
             found = found / scale
-        if cap := getattr(self.config, "final_logit_softcapping", None):
+        if cap := getattr(config, "final_logit_softcapping", None):
             found = cap * torch.tanh(found / cap)
         return found.index_fill_(-1, self.placeholders, IMPOSSIBLE) if len(self.placeholders) else found
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from regimen.functions.verdicts import symmetric_probability
+from regimen.models.inpainting import paste
 from regimen.rollout import Rollout
 
 
@@ -147,6 +148,31 @@ class EncoderComparator(nn.Module):
         if "criterion" in self.told:
             condition[rows, tasks + questions.place.to(device)] = 1
         return condition
+
+
+class PastedComparator(nn.Module):
+    """A judge that is shown candidates inside a mask, and around it the picture that they were made from.
+
+    What a model changed where nothing was asked of it, or an autoencoder lost there, neither wins nor gets a gradient.
+    """
+
+    criteria: Criteria
+
+    def __init__(self, judge: Any, around: Callable[[TensorDict], tuple[Tensor, Tensor]]) -> None:
+        """Make a judge.
+
+        Args:
+            judge: a module that is a `Comparator`.
+            around: contexts to pictures `[R, C, H, W]` and masks `[R, 1, H, W]`, 1 where candidates are shown.
+        """
+        super().__init__()
+        self.judge, self.criteria, self._around = judge, judge.criteria, around
+
+    def compare(self, questions: Questions, a: Tensor, b: Tensor) -> Tensor:
+        """Log-odds `[R]` that the first is better; `ValueError` as the judge, or as `check_mask`."""
+        picture, mask = self._around(questions.context)
+        margin: Tensor = self.judge.compare(questions, paste(a, picture, mask), paste(b, picture, mask))
+        return margin
 
 
 Score = Callable[[Questions, Tensor], Tensor]

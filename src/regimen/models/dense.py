@@ -6,6 +6,7 @@ On processors of other makers than Intel, MKL, to which torch gives them, takes 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,13 +68,31 @@ def _slope(multiply: Any, gradient: Tensor, rows: Tensor, turned: bool) -> Tenso
 
 
 def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(rows), _dense(weight), bias, "none", [], "")
+    weight = weight if weight.is_mkldnn else _dense(weight)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(rows), weight, bias, "none", [], "")
     return found
 
 
 def _dense(matrix: Tensor) -> Tensor:
     """The matrix without gaps between its rows or columns: with gaps oneDNN takes a thousand times as long."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+@dataclass
+class FixedDense:
+    """`product` without a gradient, by weights that do not change: oneDNN gets them in the layout it works with."""
+
+    weight: Tensor
+    bias: Tensor | None
+    _packed: Tensor | None = field(default=None, init=False)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """`[R, inputs]` to `[R, outputs]`."""
+        if not large(rows, self.weight):
+            return linear(rows, self.weight, self.bias)
+        if self._packed is None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(_dense(self.weight.detach()), len(rows))
+        return _by_onednn(rows, self._packed, self.bias)
 
 
 class Dense(nn.Linear):

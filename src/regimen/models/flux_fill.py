@@ -5,12 +5,14 @@ Nothing here imports `diffusers` until it is needed.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import ATTENTION_PROJECTIONS, adapters_disabled, add_adapters, has_adapters
 from .conditioning import Context, null_prompts, required
 from .inpainting import check_mask
 
@@ -51,6 +53,28 @@ class FluxFillDenoiser(nn.Module):
                 "FluxFillDenoiser.from_pretrained needs diffusers: pip install 'regimen-rl[diffusers]'"
             ) from error
         return cls(FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", **options), guidance)
+
+    def lora(self, rank: int = 32, alpha: float = 64) -> Self:
+        """Freeze the weights and add LoRA adapters to all attention projections; returns self.
+
+        Raises:
+            ImportError: peft is not installed.
+        """
+        add_adapters(self.transformer, rank, alpha, ATTENTION_PROJECTIONS, "FluxFillDenoiser.lora")
+        return self
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether `lora` has added adapters (without any, `adapters_disabled` raises ValueError)."""
+        return has_adapters(self.transformer)
+
+    def adapters_disabled(self) -> AbstractContextManager[None]:
+        """Within the context, the denoiser computes with its base weights: a reference policy at no memory.
+
+        Raises:
+            ValueError: there are no adapters.
+        """
+        return adapters_disabled(self.transformer, "FluxFillDenoiser")
 
     def forward(self, x: Tensor, sigma: Tensor, context: Context) -> Tensor:
         """Velocity `[B, C, H, W]` at latents `x [B, C, H, W]`, `H` and `W` even, and noise level `sigma [B]`.

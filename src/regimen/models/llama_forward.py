@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from regimen.models.dense import product
 from regimen.models.kv_cache import RowsCache
 from regimen.models.packing import Packed
 from regimen.models.shared_prefix import SharedPrefixCache
-from regimen.models.sublayers import gated_projection, normed_projection, rotate, side_by_side
+from regimen.models.sublayers import gated_projection, normed_projection, rotate
 
 KNOWN = ("LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel")
 ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose frequencies do not depend on the sequence."""
-
-JOINED_AT_MOST = 2**26
-"""Weights of a model whose projections are joined while it samples, which takes a second copy of most of them."""
 
 Attend = Callable[[Tensor, Tensor, int], Tensor]
 """Attention of a layer: queries with keys `[N, H + Hkv, d]` and values `[N, Hkv, d]` of all tokens to `[N, H d]`."""
@@ -43,7 +39,6 @@ class LlamaForward:
         self._grouped = self.heads != self.kv_heads
         half = self.width // 2
         self._sign = torch.cat([-torch.ones(half), torch.ones(half)])
-        self._joined: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self._hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
     @staticmethod
@@ -65,17 +60,6 @@ class LlamaForward:
     def in_full_precision(self) -> bool:
         """Whether sums of the weights' precision are good enough for attention: the fused ones of torch use more."""
         return self.model.embed_tokens.weight.dtype in (torch.float32, torch.float64)
-
-    @contextmanager
-    def joined(self) -> Iterator[None]:
-        """Keep the weights of projections of the same input joined while in this context, where none may change."""
-        small = sum(weight.numel() for weight in self.model.parameters()) <= JOINED_AT_MOST
-        pairs = [pair for layer in self.model.layers for pair in _projections(layer)] if small else []
-        try:
-            self._joined = {norm: _join(layers) for norm, layers in pairs if _plain(norm.weight, layers)}
-            yield
-        finally:
-            self._joined = {}
 
     def grid(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: RowsCache | None) -> Tensor:
         """`[B, L, D]` for tokens `[B, L]`; see `CausalLM.hidden`."""
@@ -140,8 +124,6 @@ class LlamaForward:
         if not _plain(x, layers):
             normed = norm(x)
             return torch.cat([layer(normed) for layer in layers], -1)
-        if norm in self._joined and not torch.is_grad_enabled():
-            return product(rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon), *self._joined[norm])
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         return normed_projection(x, norm.weight, norm.variance_epsilon, weights, biases)
 
@@ -154,7 +136,7 @@ class LlamaForward:
 
     def _attend_step(self, turned: Tensor, values: Tensor, layer: int, cache: SharedPrefixCache) -> Tensor:
         query, key = turned.split([self.heads, self.kv_heads], 1)
-        return cache.attend(query, key, values, layer)
+        return cache.attend(query * self.width**-0.5, key, values, layer)
 
     def _attend_grid(
         self,
@@ -205,9 +187,3 @@ def _projections(layer: Any) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
         (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
         (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
     )
-
-
-def _join(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One weight and one bias for several layers, without gradient."""
-    biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
-    return side_by_side([layer.weight.detach() for layer in layers], biases)

@@ -6,19 +6,15 @@ Nothing here imports `diffusers` or `peft` until it is needed: models are handed
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import ATTENTION_PROJECTIONS, adapters_disabled, add_adapters, has_adapters
 from .conditioning import Context, null_prompts, reference_of, required
-
-ATTENTION_PROJECTIONS = (
-    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-)  # fmt: skip
 
 
 class SD3Denoiser(nn.Module):
@@ -107,40 +103,21 @@ class SD3Denoiser(nn.Module):
         Raises:
             ImportError: peft is not installed.
         """
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise ImportError(_missing("SD3Denoiser.lora", "peft")) from error
-        self.transformer.requires_grad_(False)
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(ATTENTION_PROJECTIONS)
-        )
-        self.transformer.add_adapter(config)
+        add_adapters(self.transformer, rank, alpha, ATTENTION_PROJECTIONS, "SD3Denoiser.lora")
         return self
 
     @property
     def has_adapters(self) -> bool:
         """Whether `lora` has added adapters (without any, `adapters_disabled` raises ValueError)."""
-        return bool(getattr(self.transformer, "peft_config", None))
+        return has_adapters(self.transformer)
 
-    @contextmanager
-    def adapters_disabled(self) -> Iterator[None]:
+    def adapters_disabled(self) -> AbstractContextManager[None]:
         """Within the context, the denoiser computes with its base weights: a reference policy at no memory.
 
         Raises:
             ValueError: there are no adapters.
         """
-        if not self.has_adapters:
-            raise ValueError("SD3Denoiser.adapters_disabled: there are no adapters; add them with lora()")
-        # Switching adapters makes peft set their requires_grad, so a frozen one would come back trainable.
-        trainable = [(parameter, parameter.requires_grad) for parameter in self.transformer.parameters()]
-        self.transformer.disable_adapters()
-        try:
-            yield
-        finally:
-            self.transformer.enable_adapters()
-            for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
+        return adapters_disabled(self.transformer, "SD3Denoiser")
 
     def _velocity(self, x: Tensor, sigma: Tensor, prompts: Tensor, pooled: Tensor, reference: Tensor | None) -> Tensor:
         model = self.transformer

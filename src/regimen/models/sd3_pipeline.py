@@ -1,113 +1,42 @@
-"""What stands around Stable Diffusion 3's transformer: text encoders, autoencoder and scheduler, all frozen."""
+"""Stable Diffusion 3's text encoders, frozen, and what its denoiser reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conditioning import Context, replaced, required
-from .sd3 import decode_latents, encode_images
+from .frozen_pipeline import FrozenPipeline
 
 Module = TypeVar("Module", bound=nn.Module)
-KEPT = 512
 
 
-class FrozenPipeline:
-    """A pipeline's frozen parts, applied to texts and images that are named by their place in a list.
-
-    What was computed for the last few hundred texts and images is kept. The parts move to the device that they are
-    used on; copies of a policy share them, and no checkpoint holds them.
+class SD3Texts:
+    """The three text encoders of a pipeline; of one that is absent, the embeddings are zeros, as in the pipeline.
 
     Args:
-        pipeline: a `diffusers.StableDiffusion3Pipeline` (its transformer is not used). Of an encoder that is
-            absent, the embeddings are zeros, as in the pipeline itself.
-        texts, paths: what the numbers mean; image files are cropped to a square and resized.
-        resolution: side of the images.
+        pipeline: a `diffusers.StableDiffusion3Pipeline`.
         pooled_size: size of the transformer's pooled prompt.
         prompt_size: size of its prompt tokens.
         t5_length: tokens of the third encoder.
-        decode_batch: images decoded at once.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        texts: Sequence[str],
-        paths: Sequence[Path],
-        resolution: int,
-        pooled_size: int,
-        prompt_size: int,
-        t5_length: int = 256,
-        decode_batch: int = 4,
-    ) -> None:
+    def __init__(self, pipeline: Any, pooled_size: int, prompt_size: int, t5_length: int = 256) -> None:
         p = pipeline
         self.clips = [(p.tokenizer, p.text_encoder), (p.tokenizer_2, p.text_encoder_2)]
-        self.t5, self.vae, self.shift = (p.tokenizer_3, p.text_encoder_3), p.vae, float(p.scheduler.config.shift)
-        for module in (p.text_encoder, p.text_encoder_2, p.text_encoder_3, p.vae):
+        self.t5 = (p.tokenizer_3, p.text_encoder_3)
+        for module in (p.text_encoder, p.text_encoder_2, p.text_encoder_3):
             if module is not None:
                 module.requires_grad_(False).eval()
-        factor = 2 ** (len(p.vae.config.block_out_channels) - 1)
-        if resolution % factor:
-            raise ValueError(f"resolution {resolution} is not a multiple of {factor}, the autoencoder's factor")
-        self.latent_size = (resolution // factor, resolution // factor)
-        self.texts, self.paths, self.resolution = texts, paths, resolution
         self.pooled_size, self.prompt_size, self.t5_length = pooled_size, prompt_size, t5_length
-        self.decode_batch = decode_batch
-        self._text = lru_cache(KEPT)(self.encode_text)
-        self._image, self._latent = lru_cache(KEPT)(self._load), lru_cache(KEPT)(self._encode_image)
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | Path, texts: Sequence[str], paths: Sequence[Path], resolution: int, dtype: torch.dtype
-    ) -> Self:
-        """The frozen parts of a pipeline's folder or hub name.
-
-        Raises:
-            ImportError: diffusers is not installed.
-        """
-        try:
-            from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-        except ImportError as error:
-            raise ImportError("StableDiffusionWorld needs diffusers: pip install 'regimen-rl[diffusers]'") from error
-        # diffusers loads a pipeline that was saved without some parts only if it is told that they are absent.
-        listed = StableDiffusion3Pipeline.load_config(path)
-        absent = {name: None for name, part in listed.items() if isinstance(part, list) and part[0] is None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=dtype, **(absent | {"transformer": None}))
-        config = SD3Transformer2DModel.load_config(path, subfolder="transformer")
-        sizes = config["pooled_projection_dim"], config["joint_attention_dim"]
-        return cls(pipeline, texts, paths, resolution, *sizes)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-    def prompts(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """`prompt_embeds [B, L, D]` and `pooled [B, P]` of texts by number; -1 is the empty text."""
-        encoded = [self._text(self.texts[row] if row >= 0 else "", str(device)) for row in rows]
-        prompts, pooled = zip(*encoded, strict=True)
-        return torch.stack(prompts), torch.stack(pooled)
-
-    def images(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """Images `[B, 3, H, W]` in [0, 1] by number; -1 is black."""
-        return torch.stack([self._image(row) for row in rows]).to(device)
-
-    def latents(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """Latents `[B, C, h, w]` of images by number."""
-        return torch.stack([self._latent(row, str(device)) for row in rows])
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` in [0, 1] of latents `[B, C, h, w]`, a few at a time."""
-        vae = self.vae.to(latents.device)
-        return torch.cat([decode_latents(vae, part) for part in latents.split(self.decode_batch)])
-
-    @torch.no_grad()
-    def encode_text(self, text: str, device: str) -> tuple[Tensor, Tensor]:
+    def __call__(self, text: str, device: str) -> tuple[Tensor, Tensor]:
         """Prompt tokens `[L, D]` and pooled prompt `[P]`, as `StableDiffusion3Pipeline.encode_prompt` makes them."""
         widths = [None if model is None else model.config.projection_dim for _, model in self.clips]
         missing = self.pooled_size - sum(width or 0 for width in widths)
@@ -133,22 +62,26 @@ class FrozenPipeline:
         found: Tensor = model.to(device)(_ids(tokenizer, text, self.t5_length, device))[0]
         return found
 
-    def _load(self, row: int) -> Tensor:
-        if row < 0:
-            return torch.zeros(3, self.resolution, self.resolution)
-        import numpy as np
-        from PIL import Image, ImageOps
 
-        size = (self.resolution, self.resolution)
-        with Image.open(self.paths[row]) as file:
-            picture = np.asarray(ImageOps.fit(file.convert("RGB"), size))
-        return torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 255
+def frozen_sd3(
+    path: str | Path, texts: Sequence[str], paths: Sequence[Path], resolution: int, dtype: torch.dtype
+) -> FrozenPipeline:
+    """The frozen parts of a Stable Diffusion 3 pipeline's folder or hub name.
 
-    @torch.no_grad()
-    def _encode_image(self, row: int, device: str) -> Tensor:
-        if row < 0:
-            return torch.zeros(self.vae.config.latent_channels, *self.latent_size, device=device)
-        return encode_images(self.vae.to(device), self._image(row).to(device)[None])[0]
+    Raises:
+        ImportError: diffusers is not installed.
+    """
+    try:
+        from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    except ImportError as error:
+        raise ImportError("StableDiffusionWorld needs diffusers: pip install 'regimen-rl[diffusers]'") from error
+    # diffusers loads a pipeline that was saved without some parts only if it is told that they are absent.
+    listed = StableDiffusion3Pipeline.load_config(path)
+    absent = {name: None for name, part in listed.items() if isinstance(part, list) and part[0] is None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=dtype, **(absent | {"transformer": None}))
+    config = SD3Transformer2DModel.load_config(path, subfolder="transformer")
+    encoder = SD3Texts(pipeline, config["pooled_projection_dim"], config["joint_attention_dim"])
+    return FrozenPipeline(encoder, pipeline.vae, texts, paths, resolution, float(pipeline.scheduler.config.shift))
 
 
 class SD3Conditioner(nn.Module):

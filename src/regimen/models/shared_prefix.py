@@ -39,11 +39,30 @@ class _Own:
             shape = (*key.shape[:2], self.free, key.shape[2])
             self.keys.append(key.new_empty(shape))
             self.values.append(key.new_zeros(shape))
-        self.keys[-1][:, :, -self.free], self.values[-1][:, :, -self.free] = key, value
+        place = self.keys[-1].shape[2] - self.free
+        self.keys[-1].select(2, place).copy_(key)
+        self.values[-1].select(2, place).copy_(value)
         self.length, self.free = self.length + 1, self.free - 1
+
+    def scores(self, query: Tensor) -> list[Tensor]:
+        """Of queries `[B Hkv, r, d]` with the keys of every chunk, `[B Hkv, r, places]`; -inf in free places."""
+        found = [torch.bmm(query, _flat(chunk).transpose(1, 2)) for chunk in self.keys]
+        if self.free:
+            found[-1].narrow(2, found[-1].shape[2] - self.free, self.free).fill_(-torch.inf)
+        return found
+
+    def mix(self, mixed: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        """Add values in these shares, `[..., places]` of every chunk, to `[B Hkv, r, d]`, in place."""
+        for share, chunk in zip(shares, self.values, strict=True):
+            mixed.baddbmm_(share.view(*mixed.shape[:2], -1), _flat(chunk))
+        return mixed
 
     def choose(self, rows: Tensor) -> None:
         self.keys, self.values = ([x.index_select(0, rows) for x in chunks] for chunks in (self.keys, self.values))
+
+
+def _flat(chunk: Tensor) -> Tensor:
+    return chunk.view(-1, *chunk.shape[2:])
 
 
 @dataclass
@@ -72,18 +91,23 @@ class _Groups:
         whole = torch.arange(self.count * self.width, device=slot.device)
         self.slot = None if torch.equal(slot, whole) else slot
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The rows as `gather` and `spread` have them: `[U, width]` where that is their order, `[B]` elsewhere."""
+        return (len(self.prefix),) if self.slot is not None else (self.count, self.width)
+
     def gather(self, rows: Tensor) -> Tensor:
-        """`[B, Hkv, r, n]` by rows to `[U Hkv, width r, n]` by prefixes; 0 where a group has no row."""
+        """`[*shape, Hkv, r, n]` by rows to `[U Hkv, width r, n]` by prefixes; 0 where a group has no row."""
         if self.slot is not None:
-            rows = rows.new_zeros(self.count * self.width, *rows.shape[1:]).index_copy_(0, self.slot, rows)
-        heads, more, size = rows.shape[1:]
-        return rows.view(-1, self.width, heads, more, size).transpose(1, 2).reshape(-1, self.width * more, size)
+            places = rows.new_zeros(self.count * self.width, *rows.shape[1:])
+            rows = places.index_copy_(0, self.slot, rows).unflatten(0, (self.count, self.width))
+        heads, more, size = rows.shape[2:]
+        return rows.transpose(1, 2).reshape(self.count * heads, self.width * more, size)
 
     def spread(self, groups: Tensor, heads: int) -> Tensor:
-        """Back: `[U Hkv, width r, n]` to `[B Hkv, r, n]`."""
-        parts = groups.view(-1, heads, self.width, groups.shape[1] // self.width, groups.shape[2]).transpose(1, 2)
-        rows = parts.flatten(0, 1) if self.slot is None else parts.flatten(0, 1).index_select(0, self.slot)
-        return rows.flatten(0, 1)
+        """Back: `[U Hkv, width r, n]` to `[*shape, Hkv, r, n]`, a view where it can be."""
+        parts = groups.view(self.count, heads, self.width, -1, groups.shape[2]).transpose(1, 2)
+        return parts if self.slot is None else parts.flatten(0, 1).index_select(0, self.slot)
 
 
 class SharedPrefixCache:
@@ -101,8 +125,9 @@ class SharedPrefixCache:
             real: bool `[U, P]`, where it is not padding; some of every prefix.
             rows: int64 `[B]`, the prefix that each row continues.
         """
-        self._prefixes, self._real = list(layers), real
-        self._heads = layers[0][0].shape[1]
+        self._heads, self._real = layers[0][0].shape[1], real
+        # Turned and flattened for the products.
+        self._prefixes = [(keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)) for keys, values in layers]
         self._own = [_Own() for _ in layers]
         self._group(rows)
 
@@ -110,7 +135,8 @@ class SharedPrefixCache:
         """Note which prefix each row continues, and leave out those that none does."""
         used, prefix = prefix.unique(return_inverse=True)
         if len(used) < len(self._real):
-            self._prefixes = [(keys[used], values[used]) for keys, values in self._prefixes]
+            places = (used[:, None] * self._heads + torch.arange(self._heads, device=used.device)).flatten()
+            self._prefixes = [(keys[places], values[places]) for keys, values in self._prefixes]
             self._real = self._real[used]
         self._groups = _Groups(prefix)
         bias = torch.zeros(self._real.shape, dtype=self._prefixes[0][0].dtype, device=self._real.device)
@@ -127,7 +153,7 @@ class SharedPrefixCache:
         """Append a token to every row, and attend to all there is.
 
         Args:
-            query: `[B, H, d]`; key, value: `[B, Hkv, d]`.
+            query: `[B, H, d]`, times `d ** -0.5`; key, value: `[B, Hkv, d]`.
             layer: of which they are.
 
         Returns:
@@ -135,15 +161,10 @@ class SharedPrefixCache:
         """
         own, (keys, values) = self._own[layer], self._prefixes[layer]
         own.append(key, value)
-        query = (query * query.shape[-1] ** -0.5).unflatten(1, (self._heads, -1))
-        far = torch.baddbmm(self._bias, self._groups.gather(query), keys.flatten(0, 1).transpose(1, 2))
-        near = [torch.bmm(query.flatten(0, 1), chunk.flatten(0, 1).transpose(1, 2)) for chunk in own.keys]
-        if own.free:
-            near[-1][..., -own.free :] = -torch.inf
-        scores = [self._groups.spread(far, self._heads), *near]
+        shape = (*self._groups.shape, self._heads, query.shape[1] // self._heads)
+        near = own.scores(query.reshape(-1, shape[-1], query.shape[2]))
+        far = torch.baddbmm(self._bias, self._groups.gather(query.view(*shape, -1)), keys)
+        scores = [self._groups.spread(far, self._heads), *(part.view(*shape, -1) for part in near)]
         far, *near = torch.cat(scores, -1).softmax(-1).split([part.shape[-1] for part in scores], -1)
-        far = torch.bmm(self._groups.gather(far.unflatten(0, (-1, self._heads))), values.flatten(0, 1))
-        mixed = self._groups.spread(far, self._heads)
-        for share, chunk in zip(near, own.values, strict=True):
-            mixed = torch.baddbmm(mixed, share, chunk.flatten(0, 1))
-        return mixed.view(len(key), -1)
+        mixed = self._groups.spread(torch.bmm(self._groups.gather(far), values), self._heads)
+        return own.mix(mixed.reshape(-1, shape[-1], query.shape[2]), near).view(len(query), -1)

@@ -79,6 +79,9 @@ class Batch:
 
     def aggregated(self, per_step: Tensor, aggregate: Aggregate, horizon: int | None = None) -> Tensor:
         """The sum `[]` of a loss `[R]` per step that is learned from, under its `weights`."""
+        whole = self.whole is None or self.whole is self.rollout
+        if aggregate == "token" and whole and self.steps.every and len(per_step):
+            return per_step.mean(dtype=torch.promote_types(per_step.dtype, torch.get_default_dtype()))
         return (per_step * self.steps.of(self.weights(aggregate, horizon))).sum()
 
     @property

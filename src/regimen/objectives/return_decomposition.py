@@ -11,7 +11,7 @@ from regimen.objectives.base import Batch, Objective
 
 
 def return_decomposition_loss(contributions: Tensor, final: Tensor, mask: Tensor) -> Tensor:
-    """`(sum_i c_i - R)^2` per sample, `[B]` (Arjona-Medina et al. 2019; SPA-RL, Wang et al. 2025, eq. 4).
+    """`(sum_i c_i - R)^2` per sample, `[B]`, in float32 or better (Arjona-Medina et al. 2019; SPA-RL, 2025, eq. 4).
 
     Args:
         contributions: `[B, T]`; those at steps that do not exist count nowhere.
@@ -26,12 +26,13 @@ def return_decomposition_loss(contributions: Tensor, final: Tensor, mask: Tensor
             f"return_decomposition_loss: contributions {list(contributions.shape)}, final {list(final.shape)} and mask "
             f"{list(mask.shape)}, expected [B, T], [B], [B, T]"
         )
-    return (torch.where(mask, contributions, 0).sum(1) - final).square()
+    wide = torch.promote_types(contributions.dtype, torch.float32)
+    return (torch.where(mask, contributions, 0).sum(1, dtype=wide) - final).square()
 
 
 @dataclass(frozen=True)
 class ReturnDecompositionObjective(Objective):
-    """Squared distance of a sample's summed contributions from its reward, mean over samples; in float32 or better.
+    """Squared distance of a sample's summed contributions from its reward, mean over samples.
 
     Attributes:
         member: the estimator, `member(rollout) -> [B, T]`.

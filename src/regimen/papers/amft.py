@@ -167,7 +167,8 @@ class Parts:
         return AnswerReward(self.world.verifier, tag=self.world.read_answer, expected=self.world.expected)
 
     def _credit(self) -> GroupRelativeAdvantage:
-        return GroupRelativeAdvantage(std="batch")
+        # Demonstrations are judged too, and must not count in the deviation of answers.
+        return GroupRelativeAdvantage(std="task")
 
     def _update(self, loss: Objective, learning_rate: float) -> Update:
         return Update(loss, learning_rate=learning_rate, micro_batch=self.settings.micro_batch)

@@ -6,7 +6,7 @@ episodes than a policy gradient of single tokens over the same dialogues.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,10 +21,11 @@ from regimen.lab.experiment import Arm, Claim, Paper, SeedResults
 from regimen.memory import Memory, NewestRollout, ReplayMemory
 from regimen.models.double_critic import DoubleCritic
 from regimen.models.value_head import ValueHead
-from regimen.objectives import DoubleCriticObjective, ReinforceObjective, Resampled, SFTObjective, ppo
-from regimen.policies.utterances import UtterancePolicy
+from regimen.objectives import DoubleCriticObjective, ReinforceObjective, Resampled, SFTObjective, ValueObjective, ppo
+from regimen.policies.utterances import UtterancePolicy, as_token_steps
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import EnvironmentReward
+from regimen.rollout import Rollout
 from regimen.tasks import DatasetTask, DialogueTask, UtteranceTask
 from regimen.tasks.worlds.questioners import Questioners
 from regimen.update import Draws, Epochs, Update
@@ -41,8 +42,8 @@ class Settings:
         demonstrations, imitation_steps, imitation_rate: the common start, dialogues of a half-random questioner.
         episodes, iterations: dialogues collected in an iteration, in every arm, and iterations.
         evaluations, evaluate_every: sampled dialogues of an evaluation, and iterations between two.
-        critic_steps, critic_rate, actor_steps, actor_rate, batch, warm_up: of ArCHer, an iteration's; in the first
-            `warm_up` iterations the critic learns alone.
+        critic_steps, critic_rate, batch, actor_steps, actor_rate, actor_batch: of ArCHer, an iteration's.
+        warm_up, warm_up_steps: first iterations, in which the critic learns alone, and its steps in each of them.
         discount, tau, capacity: of the critic; reward_scale: what rewards are multiplied by in every arm.
         ppo_epochs, ppo_minibatches, ppo_rate, ppo_lam, ppo_entropy: of token PPO.
         filtered_steps, filtered_rate, best: of filtered imitation, and the share of dialogues that are imitated.
@@ -65,10 +66,12 @@ class Settings:
     evaluate_every: int = 2
     critic_steps: int = 20
     critic_rate: float = 1e-3
-    actor_steps: int = 3
-    actor_rate: float = 1e-3
     batch: int = 64
-    warm_up: int = 2
+    actor_steps: int = 6
+    actor_rate: float = 5e-4
+    actor_batch: int = 128
+    warm_up: int = 1
+    warm_up_steps: int = 60
     discount: float = 0.95
     tau: float = 0.1
     capacity: int = 5_000
@@ -121,34 +124,63 @@ def base(seed: int, s: Settings) -> Regimen:
     return parts.regimen(Stage("imitate", [task], s.imitation_steps, 64, updates=[update]))
 
 
-def archer(memory: Callable[[Settings], Memory], seed: int, s: Settings) -> Regimen:
+def less_expected(rollout: Rollout, knobs: Mapping[str, float], cast: Mapping[str, Any]) -> Rollout:
+    """Utterances as tokens, with the critic's advantage less what a baseline expects of it before each token.
+
+    The baseline's target is the advantage itself (the paper's optional baseline of tokens).
+    """
+    tokens = as_token_steps(CriticAdvantage()(rollout, knobs, cast))
+    advantage = tokens.advantages
+    with torch.no_grad():
+        expected = cast["baseline"](cast["policy"].distribution(tokens).hidden)
+    less = tokens.replace(advantages=torch.where(tokens.loss_mask, advantage - expected, 0))
+    return less.with_step_columns(value_target=advantage)
+
+
+def lower_level(baseline: bool) -> Resampled:
+    """Of fresh utterances: the gradient of their tokens, with a baseline for each token or with none."""
+    if not baseline:
+        return Resampled(ReinforceObjective("token", member="speaker"), CriticAdvantage(), "speaker")
+    loss = ReinforceObjective("constant", 1) + ValueObjective(member="baseline", reads="policy")
+    return Resampled(loss, less_expected, "speaker")
+
+
+def warmed(s: Settings, first: int, then: int) -> Piecewise:
+    """Steps during the warm-up, and after it."""
+    return Piecewise([(0, first), (s.warm_up, then)] if s.warm_up else [(0, then)])
+
+
+def archer(memory: Callable[[Settings], Memory], seed: int, s: Settings, baseline: bool = False) -> Regimen:
     """The method: a critic of utterances from replay, then a gradient of the tokens of new ones in the same states."""
     parts = Parts(seed, s)
+    head = {"baseline": ValueHead(parts.policy.network.config.hidden_size).to(s.device)} if baseline else {}
     evaluate = parts.update(
         DoubleCriticObjective(policy="speaker"),
         ["critic"],
         s.critic_rate,
-        Draws(s.critic_steps, s.batch),
+        Draws(Knob("steps/critic", s.critic_steps, 0, integer=True), s.batch),
         rules=[ReferenceRefresh("critic_target", of="critic", mode="ema", decay=1 - s.tau)],
     )
     improve = parts.update(
-        Resampled(ReinforceObjective("token", member="speaker"), CriticAdvantage(), "speaker"),
-        ["policy"],
+        lower_level(baseline),
+        ["policy", *head],
         s.actor_rate,
-        Draws(Knob("steps/policy", s.actor_steps, 0, integer=True), s.batch),
+        Draws(Knob("steps/policy", s.actor_steps, 0, integer=True), s.actor_batch),
     )
-    warmed = Piecewise([(0, 0), (s.warm_up, s.actor_steps)] if s.warm_up else [(0, s.actor_steps)])
     stage = parts.stage(
         "archer",
         UtteranceTask(parts.task, context=s.context),
         [evaluate, improve],
         memory=partial(memory, s),
-        controllers=[Schedule("steps/policy", warmed)],
+        controllers=[
+            Schedule("steps/critic", warmed(s, s.warm_up_steps, s.critic_steps)),
+            Schedule("steps/policy", warmed(s, 0, s.actor_steps)),
+        ],
         prepare=[parts.world.reads_like_policy],
     )
     torso = parts.world.torso(parts.policy)
     critic = DoubleCritic(torso, torso, s.dim).to(s.device)
-    return parts.regimen(stage, critic=critic, speaker=UtterancePolicy(parts.policy))
+    return parts.regimen(stage, critic=critic, speaker=UtterancePolicy(parts.policy), **head)
 
 
 def replayed(s: Settings) -> Memory:
@@ -159,6 +191,11 @@ def replayed(s: Settings) -> Memory:
 def newest(s: Settings) -> Memory:
     """The turns of the newest dialogues only."""
     return NewestRollout("step")
+
+
+def baselined(seed: int, s: Settings) -> Regimen:
+    """ArCHer with the paper's optional baseline of tokens."""
+    return archer(replayed, seed, s, baseline=True)
 
 
 def token_ppo(seed: int, s: Settings) -> Regimen:
@@ -200,9 +237,9 @@ def critic_finds(seed: SeedResults) -> float:
 
 
 TRAINED = (
-    *("iterations", "evaluate_every", "critic_steps", "critic_rate", "actor_steps", "actor_rate", "batch", "warm_up"),
-    *("tau", "capacity", "reward_scale", "ppo_epochs", "ppo_minibatches", "ppo_rate", "ppo_lam", "ppo_entropy"),
-    *("filtered_steps", "filtered_rate", "best", "episodes", "context"),
+    *("iterations", "evaluate_every", "critic_steps", "critic_rate", "batch", "actor_steps", "actor_rate"),
+    *("actor_batch", "warm_up", "warm_up_steps", "tau", "capacity", "reward_scale", "ppo_epochs", "ppo_minibatches"),
+    *("ppo_rate", "ppo_lam", "ppo_entropy", "filtered_steps", "filtered_rate", "best", "episodes", "context"),
 )
 """Settings that the common start does not depend on."""
 
@@ -218,6 +255,7 @@ PAPER = Paper(
         Arm("base", "base (imitation)", base, cached=True, ignores=TRAINED),
         Arm("archer", "ArCHer", partial(archer, replayed), start="base"),
         Arm("newest", "ArCHer, critic of the newest dialogues only", partial(archer, newest), start="base"),
+        Arm("baseline", "ArCHer, baseline of tokens", baselined, start="base", extended=True),
         Arm("ppo", "token PPO", token_ppo, start="base"),
         Arm("filtered", "filtered imitation", filtered, start="base"),
     ],
@@ -244,6 +282,9 @@ PAPER = Paper(
             evaluations=8,
             critic_steps=4,
             batch=16,
+            actor_batch=16,
+            warm_up=2,
+            warm_up_steps=4,
             capacity=500,
         ),
         "default": Settings(),
@@ -261,9 +302,12 @@ PAPER = Paper(
             evaluate_every=10,
             critic_steps=50,
             critic_rate=2e-5,
-            actor_rate=1e-5,
             batch=256,
+            actor_steps=3,
+            actor_rate=1e-5,
+            actor_batch=256,
             warm_up=20,
+            warm_up_steps=50,
             capacity=100_000,
             ppo_rate=1e-5,
             filtered_rate=1e-5,

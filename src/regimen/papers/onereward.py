@@ -6,9 +6,10 @@ rater, and beats the same training with a judge that is told neither, whose crit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 from regimen.cast import Cast, ReferenceRefresh, RefreshMode
 from regimen.lab.experiment import Arm, Claim, Paper, SeedResults
@@ -18,11 +19,14 @@ from regimen.objectives import FlowMatchingObjective, PairwiseVerdictObjective, 
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import PairwiseReward
 from regimen.rewards.pairwise import Transform
-from regimen.tasks.worlds.inpainting import CRITERIA, TASKS, InpaintingWorld, names
+from regimen.tasks.worlds.inpainting import InpaintingWorld
 from regimen.update import Draws, Update
 
 JUDGES: dict[str, Told] = {"reward_model": ("task", "criterion"), "pooled_judge": ()}
 """Comparators of one architecture, by what they are told of a question."""
+CRITERIA = ("alignment", "consistency", "structure", "aesthetics", "removal")
+"""By which wins are counted; each task has some of them."""
+World = Literal["digits", "pictures"]
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,25 @@ class Settings:
     """Numbers of the experiment.
 
     Attributes:
-        pretrain_steps: supervised steps of the common start, on all tasks mixed; `wrong_prompts` of the classes asked
-            for are wrong.
-        judge_iterations, judge_batch, judge_steps: of the judges' start: each iteration labels a batch of the base's
-            samples, and every judge takes so many gradient steps.
+        world: what is filled in, see `WORLDS`.
+        pretrain_steps: supervised steps of the common start, on all tasks mixed, with a share `wrong_prompts` of wrong
+            prompts.
+        judge_iterations, judge_batch, judge_steps: of the judges' start: each iteration brings a batch of labelled
+            pairs (digits: of the base's samples), and every judge takes so many gradient steps on the last
+            `judge_buffer` iterations.
         steps: reward learning, `batch_size` samples each.
         refresh_steps: gradient steps of the judge per iteration on the samples of the last `buffer` iterations, once
-            there are `refresh_after` samples.
-        wrong_labels: share of the labels that are turned around.
+            there are `refresh_after` samples; 0 steps leave the judge as it is.
+        wrong_labels: share of the digits' labels that are turned around.
         transform: of a probability of winning; `"log"` is the paper's loss, `"prob"` that of ReFL.
         decay: of the reference that follows the policy (dynamic).
-        width, hidden: of the denoiser and the judges.
+        width, hidden: of the digits' denoiser and judges.
+        device: where the cast is trained.
+        micro_batch: samples per backward pass, to save memory.
+        model, pictures, preferences, judge, evaluator, resolution, held_out, sampling_steps: of `PicturesWorld`.
     """
 
+    world: World = "digits"
     pretrain_steps: int = 1500
     pretrain_batch: int = 128
     pretrain_learning_rate: float = 1e-3
@@ -50,6 +60,7 @@ class Settings:
     judge_iterations: int = 50
     judge_batch: int = 480
     judge_steps: int = 40
+    judge_buffer: int = 50
     judge_learning_rate: float = 1e-3
     steps: int = 160
     batch_size: int = 192
@@ -63,78 +74,108 @@ class Settings:
     decay: float = 0.99
     width: int = 128
     hidden: int = 128
+    device: str = "cpu"
+    micro_batch: int | None = None
+    model: str = "black-forest-labs/FLUX.1-Fill-dev"
+    pictures: str = "pictures"
+    preferences: str = "preferences.jsonl"
+    judge: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    evaluator: str = "Qwen/Qwen2-VL-7B-Instruct"
+    resolution: int = 512
+    held_out: int = 64
+    sampling_steps: int = 20
+
+
+def digits_world(seed: int, s: Settings) -> Any:
+    """Handwritten digits to be filled in, extended, or freed of a blob, labelled by known formulas."""
+    return InpaintingWorld(seed, width=s.width, hidden=s.hidden, wrong_labels=s.wrong_labels)
+
+
+def pictures_world(seed: int, s: Settings) -> Any:
+    """FLUX.1 Fill on the pictures of a folder, with pairs that were labelled beforehand."""
+    from regimen.tasks.worlds.pictures import PicturesWorld
+
+    make = partial(PicturesWorld, resolution=s.resolution, held_out=s.held_out, sampling_steps=s.sampling_steps)
+    return make(seed, s.model, s.pictures, s.preferences, s.judge, s.evaluator)
+
+
+WORLDS: dict[World, Callable[[int, Settings], Any]] = {"digits": digits_world, "pictures": pictures_world}
+"""By name: its policy, judges and tasks, from seed and settings."""
 
 
 class Parts:
     """The world, the cast and the stages that the arms are made of."""
 
-    def __init__(self, seed: int, settings: Settings, judge: str = "reward_model", models: Sequence[str] = ()) -> None:
+    def __init__(self, seed: int, settings: Settings, judge: str = "reward_model", apart: bool = False) -> None:
         s = self.settings = settings
-        self.world, self.judge, self.models = InpaintingWorld(seed), judge, models
-        judges = {name: self.world.judge(seed, s.hidden, told) for name, told in JUDGES.items()}
-        own = {name: self.world.policy(seed, s.width) for name in models}
-        self.cast = Cast(policy=self.world.policy(seed, s.width), **judges, **own)
-        self.cast.snapshot("policy", as_="base")
-        for name in models:
+        self.world, self.judge = WORLDS[s.world](seed, s), judge
+        self.models = [f"{task}_model" for task in self.world.tasks] if apart else []
+        judges = {name: self.world.judge(seed, told) for name, told in JUDGES.items()}
+        own = {name: self.world.policy(seed) for name in self.models}
+        members = {"policy": self.world.policy(seed), **judges, **own}
+        self.cast = Cast(**{name: member.to(s.device) for name, member in members.items()})
+        self.cast.adopt("base", self.cast["policy"].reference(), of="policy")
+        for name in self.models:
             self.cast.start(name, of="policy")
 
     def regimen(self, *stages: Stage) -> Regimen:
         """A regimen evaluated on every task against the base."""
-        members = self.models or ["policy"] * len(TASKS)
+        members = self.models or ["policy"] * len(self.world.tasks)
         evaluations = [
             self.world.task(task, evaluated=member, judge=self.judge)
-            for task, member in zip(TASKS, members, strict=True)
+            for task, member in zip(self.world.tasks, members, strict=True)
         ]
         return Regimen(self.cast, stages, evaluations=evaluations)
 
     def pretrain(self) -> Stage:
         """Flow matching on all tasks mixed; the base is its end."""
         s = self.settings
-        update = Update(FlowMatchingObjective(), learning_rate=s.pretrain_learning_rate)
+        update = Update(FlowMatchingObjective(), learning_rate=s.pretrain_learning_rate, micro_batch=s.micro_batch)
         last = ReferenceRefresh(member="base", mode="copy", every=s.pretrain_steps)
         data = self.world.supervised(None, s.wrong_prompts)
         return Stage("pretrain", [data], s.pretrain_steps, s.pretrain_batch, updates=[update], rules=[last])
 
     def judges(self) -> Stage:
-        """Every judge on the same labelled samples of the base."""
+        """Every judge on the same labelled pairs."""
         s = self.settings
-        updates = [self.refresh(name, s.judge_steps) for name in JUDGES]
-        fixed = ReferenceRefresh(mode="fixed")
-        return self._stage("judges", s.judge_iterations, s.judge_batch, fixed, s.judge_iterations, updates)
+        return Stage(
+            "judges",
+            self.world.labelled(),
+            s.judge_iterations,
+            s.judge_batch,
+            updates=[self.refresh(name, s.judge_steps) for name in JUDGES],
+            rules=[ReferenceRefresh(mode="fixed")],
+            memory=partial(ReplayMemory, s.judge_buffer * s.judge_batch),
+        )
 
     def refresh(self, judge: str, steps: int) -> Update:
         """A judge on labelled pairs from the memory, once that holds enough not to be learned by heart."""
         s = self.settings
         batches = Draws(steps, s.refresh_batch, after=s.refresh_after)
-        return Update(PairwiseVerdictObjective(judge), [judge], s.judge_learning_rate, batches=batches)
+        objective = PairwiseVerdictObjective(judge)
+        return Update(objective, [judge], s.judge_learning_rate, batches=batches, micro_batch=s.micro_batch)
 
     def reward_learning(self, reference: RefreshMode, refresh: bool = True) -> Stage:
         """The policy through the gradient of the judge, which is refreshed on the policy's labelled samples."""
         s = self.settings
-        reward = PairwiseReward(CRITERIA, self.judge, transform=s.transform)
-        policy = Update(RewardBackpropObjective(reward), learning_rate=s.learning_rate)
-        judge = [self.refresh(self.judge, s.refresh_steps)] if refresh else []
-        follows = ReferenceRefresh(mode=reference, decay=s.decay)
-        return self._stage("reward", s.steps, s.batch_size, follows, s.buffer, [*judge, policy])
-
-    def _stage(
-        self, name: str, steps: int, batch: int, reference: ReferenceRefresh, buffer: int, updates: Sequence[Update]
-    ) -> Stage:
+        reward = PairwiseReward(self.cast[self.judge].criteria, self.judge, transform=s.transform)
+        objective = RewardBackpropObjective(reward)
+        judge = [self.refresh(self.judge, s.refresh_steps)] if refresh and s.refresh_steps else []
         return Stage(
-            name,
-            [self.world.task(task, self.settings.wrong_labels) for task in TASKS],
-            steps,
-            batch,
-            updates=updates,
-            rules=[reference],
-            memory=partial(ReplayMemory, buffer * batch),
+            "reward",
+            [self.world.task(task) for task in self.world.tasks],
+            s.steps,
+            s.batch_size,
+            updates=[*judge, Update(objective, learning_rate=s.learning_rate, micro_batch=s.micro_batch)],
+            rules=[ReferenceRefresh(mode=reference, decay=s.decay)],
+            memory=partial(ReplayMemory, s.buffer * s.batch_size),
         )
 
 
 def base(seed: int, s: Settings) -> Regimen:
     """The common start: joint supervised pre-training, then the judges on labelled samples."""
     parts = Parts(seed, s)
-    return parts.regimen(parts.pretrain(), parts.judges())
+    return parts.regimen(*([parts.pretrain()] if s.pretrain_steps else []), parts.judges())
 
 
 def one_reward(seed: int, s: Settings) -> Regimen:
@@ -162,21 +203,26 @@ def frozen(seed: int, s: Settings) -> Regimen:
 
 
 def supervised(seed: int, s: Settings) -> Regimen:
-    """A model for each task, trained on as supervised as before, a third of the steps each."""
-    models = [f"{task}_model" for task in TASKS]
-    parts = Parts(seed, s, models=models)
+    """A model for each task, trained on as supervised as before, an equal part of the steps each."""
+    parts = Parts(seed, s, apart=True)
+    tasks, learn = parts.world.tasks, partial(Update, learning_rate=s.learning_rate, micro_batch=s.micro_batch)
     updates = [
-        Update(FlowMatchingObjective(member=model).on(f"{task}_data"), [model], s.learning_rate)
-        for task, model in zip(TASKS, models, strict=True)
+        learn(FlowMatchingObjective(member=model).on(f"{task}_data"), [model])
+        for task, model in zip(tasks, parts.models, strict=True)
     ]
-    data = [parts.world.supervised(task, s.wrong_prompts) for task in TASKS]
-    return parts.regimen(Stage("supervised", data, s.steps // len(TASKS), len(TASKS) * s.batch_size, updates=updates))
+    data = [parts.world.supervised(task, s.wrong_prompts) for task in tasks]
+    return parts.regimen(Stage("supervised", data, s.steps // len(tasks), len(tasks) * s.batch_size, updates=updates))
+
+
+def wins(final: Mapping[str, float]) -> dict[str, float]:
+    """The shares of wins against the base, by `<task>/<criterion>`."""
+    return {name: value for name, value in final.items() if name.partition("/")[2] in CRITERIA}
 
 
 def mean_win(arm: str, seed: SeedResults) -> float:
     """Share of wins against the base, a mean over all (task, criterion)."""
-    final = seed[arm].final
-    return sum(final[name] for name in names()) / len(names())
+    won = wins(seed[arm].final)
+    return sum(won.values()) / len(won)
 
 
 def difference(arm: str, other: str, seed: SeedResults) -> float:
@@ -187,7 +233,7 @@ def difference(arm: str, other: str, seed: SeedResults) -> float:
 def least_gain(seed: SeedResults) -> float:
     """The smallest of the tasks' shares of wins, each above the base's against itself (with other noise)."""
     won, itself = seed["onereward"].final, seed["base"].final
-    return min(won[f"{task}/win"] - itself[f"{task}/win"] for task in TASKS)
+    return min(value - itself[name] for name, value in won.items() if name.endswith("/win"))
 
 
 def shown(name: str, text: str, arm: str, other: str) -> Claim:
@@ -256,5 +302,25 @@ PAPER = Paper(
             buffer=8,
         ),
         "default": Settings(),
+        "full": Settings(
+            world="pictures",
+            device="cuda",
+            pretrain_steps=0,
+            wrong_prompts=0.0,
+            judge_iterations=2000,
+            judge_batch=32,
+            judge_steps=1,
+            judge_buffer=1,
+            judge_learning_rate=1e-4,
+            steps=500,
+            batch_size=32,
+            learning_rate=1e-5,
+            refresh_steps=0,
+            refresh_batch=32,
+            refresh_after=1,
+            buffer=1,
+            micro_batch=1,
+        ),
     },
+    requires={"full": "diffusers"},
 )

@@ -140,6 +140,10 @@ class Parts:
         few = {f"mixture/{task.name}": 0.3 for task in tasks[1:]}
         return Stage(name, tasks, steps, batch_size, updates=[update], controllers=moving, knobs=few)
 
+    def tokens(self, question: str) -> list[int]:
+        """A question as the policies read it, by which questions are compared."""
+        return list(self.cast[SOLVER].encode_answer(question).tolist())
+
     def judged(self, chance: bool = False) -> Expression:
         """Whether an answer is the proposer's own; what a proposal is worth; and, logged, what that is made of."""
         s, world = self.settings, self.world
@@ -148,7 +152,7 @@ class Parts:
         )  # fmt: skip
         correct, guard = answer.on(SOLVER, REVIEW), QuestionGuard(world.rules)
         rate = PassRate(correct, guard)
-        diversity = QuestionDiversity(rate, low=self.low, history=s.history, similar=s.similar)
+        diversity = QuestionDiversity(rate, low=self.low, history=s.history, similar=s.similar, tokens=self.tokens)
         floor, weight = (s.diversity_floor, s.diversity_weight) if self.ruled else (-1.0, 0.0)
         proposal = ProposerReward(
             rate, diversity, low=self.low, diversity_floor=floor, base=s.base, diversity_weight=weight

@@ -32,7 +32,8 @@ class Settings:
 
     Attributes:
         world: what is generated and edited, see `WORLDS`.
-        pretrain_steps: supervised steps of the common start, on captions of which `wrong_captions` are wrong.
+        pretrain_steps: supervised steps of the common start, on captions of which `wrong_captions` are wrong; 0 for a
+            model that has been trained.
         stage_steps: reinforcement iterations per stage; every arm takes two stages' worth.
         batch_size: samples per iteration, in groups of `group_size`.
         kl_weight: of the KL from the policy at the stage's start (`reference` "copy"), or from the policy without
@@ -40,7 +41,8 @@ class Settings:
         device: where the cast is trained.
         micro_batch: samples per backward pass, to save memory.
         size: of the scenes' policy.
-        model, prompts, edits, pairs: of `StableDiffusionWorld`: a pipeline, and JSON-lines files.
+        model, prompts, edits, pairs: of `StableDiffusionWorld`: a pipeline, and JSON-lines files; pairs are for the
+            supervised arms.
         judge, evaluator, edit_judge: object detectors and a vision-language model, for `StableDiffusionWorld`.
     """
 
@@ -151,8 +153,10 @@ class Parts:
 
 
 def base(seed: int, s: Settings) -> Regimen:
-    """The common start: joint supervised pre-training on noisy captions."""
+    """The common start: joint supervised pre-training on noisy captions; a pre-trained model as it is."""
     parts = Parts(seed, s)
+    if not s.pretrain_steps:
+        return parts.regimen(Stage("start", [parts.generate], 0))
     return parts.regimen(parts.supervised("pretrain", s.pretrain_steps, s.pretrain_learning_rate, s.wrong_captions))
 
 

@@ -50,11 +50,19 @@ Act: TypeAlias = Callable[[Observations, Tensor | None, Tensor], Acted]
 """`Actor.act` under knobs and with a random stream that are settled."""
 
 
-def logprobs_of(steps: Sequence[Acted], device: torch.device) -> Tensor | None:
-    """Log-probabilities `[N, T]` of the actions of `T` steps, those that wait all at once, on their policy's device."""
-    described = [step.described for step in steps if step.described is not None]
-    if described:
-        actions = torch.cat([step.actions for step in steps]).to(device)
-        return described[0].cat(described).logprob(actions).view(len(steps), -1).t()
-    known = [step.logprobs for step in steps if step.logprobs is not None]
-    return torch.stack(known, 1) if known else None
+def joined(parts: Sequence[Acted]) -> Acted:
+    """What was done in several steps, one after the other: `[T N, ...]`; of several, without memory."""
+    if len(parts) == 1:
+        return parts[0]
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    described = [part.described for part in parts if part.described is not None]
+    return Acted(
+        torch.cat([part.actions for part in parts]),
+        torch.cat(logprobs) if logprobs else None,
+        described=described[0].cat(described) if described else None,
+    )
+
+
+def logprobs_of(acted: Acted, device: torch.device) -> Tensor | None:
+    """Log-probabilities `[R]` of the actions of steps, computed now if they waited, on their policy's device."""
+    return acted.logprobs if acted.described is None else acted.described.logprob(acted.actions.to(device))

@@ -264,8 +264,8 @@ class ActionPolicy(nn.Module):
             rng: random stream, on the policy's device.
         """
         acted = self.acting(len(begins), knobs, rng)(observations, memory, begins)
-        logprobs = logprobs_of([acted], rng.device)
-        return replace(acted, logprobs=None if logprobs is None else logprobs[:, 0].to(begins.device), described=None)
+        logprobs = logprobs_of(acted, rng.device)
+        return replace(acted, logprobs=None if logprobs is None else logprobs.to(begins.device), described=None)
 
     def acting(self, count: int, knobs: Mapping[str, float], rng: torch.Generator) -> Act:
         """`act` for several steps, between which neither knobs nor weights move; log-probabilities wait."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from regimen.models.causal_lm import CausalLM
 from regimen.models.kv_cache import RowsCache
 from regimen.models.llama_forward import LlamaForward
+from regimen.models.llama_step import LlamaStep
 from regimen.models.shared_prefix import SharedPrefixCache
 
 
@@ -52,24 +54,33 @@ def read_prompts(
     # Images take less positions than tokens: the next one follows the highest, on all axes.
     last = (positions if positions.ndim == 2 else positions.amax(0)).amax(1)[rows]
     if forward is not None and shared:
-        return hidden[:, -1], _Sharing(forward, SharedPrefixCache(cache.filled(), real, rows), last)
+        return hidden[:, -1], _Sharing.of(forward, cache, real, rows, last)
     cache.choose(rows)
     return hidden[:, -1], _Copying(network, cache, real[rows] if padded else None, last)
 
 
+@dataclass
 class _Sharing:
-    """Rows whose prompts' keys and values are kept once, by our own forward pass."""
+    """Rows whose prompts' keys and values are kept once, by a forward pass of our own."""
 
-    def __init__(self, forward: LlamaForward, cache: SharedPrefixCache, last: Tensor) -> None:
-        self._forward, self._cache, self._last = forward, cache, last
+    step: Callable[[Tensor, Tensor, SharedPrefixCache], Tensor]
+    cache: SharedPrefixCache
+    last: Tensor
+
+    @classmethod
+    def of(cls, forward: LlamaForward, read: RowsCache, real: Tensor, rows: Tensor, last: Tensor) -> Self:
+        if not LlamaStep.suits(forward.model):
+            return cls(forward.step, SharedPrefixCache(read.filled(), real, rows), last)
+        step = LlamaStep(forward.model)
+        return cls(step, SharedPrefixCache(step.paired(read.filled()), real, rows), last)
 
     def read(self, tokens: Tensor) -> Tensor:
-        self._last = self._last + 1
-        return self._forward.step(tokens, self._last, self._cache)
+        self.last = self.last + 1
+        return self.step(tokens, self.last, self.cache)
 
     def choose(self, rows: Tensor) -> None:
-        self._cache.choose(rows)
-        self._last = self._last[rows]
+        self.cache.choose(rows)
+        self.last = self.last[rows]
 
 
 class _Copying:

@@ -93,14 +93,13 @@ def decode(
         seeds: int64 `[B]`, of the rows' random streams.
         images: of the prompts, as the processor made them.
     """
-    with network.weights_fixed():
-        state = _Decoder(network, prompts, rows, sampling, seeds, images)
-        for step in range(sampling.max_new_tokens):
-            state.draw(step)
-            if not state.end(stop, step):
-                break
-            if step + 1 < sampling.max_new_tokens:
-                state.advance()
+    state = _Decoder(network, prompts, rows, sampling, seeds, images)
+    for step in range(sampling.max_new_tokens):
+        state.draw(step)
+        if not state.end(stop, step):
+            break
+        if step + 1 < sampling.max_new_tokens:
+            state.advance()
     return state.completions()
 
 

@@ -42,7 +42,7 @@ class FewRows:
 
     def __call__(self, observations: Tensor, temperature: float) -> ActionDistribution:
         """The distribution at observations `[R, ...]`."""
-        rows = observations.detach().float().numpy().reshape(len(observations), -1)
+        rows = observations.float().numpy(force=True).reshape(len(observations), -1)
         for function in self._torso:
             rows = function(rows)
         return self._described([torch.from_numpy(function(rows)) for function in self._outputs], temperature)
@@ -54,9 +54,10 @@ def suits(torso: nn.Module, outputs: list[nn.Linear], rows: int) -> bool:
         return False
     layers: list[nn.Module] = [*torso.layers, *outputs]
     known = all(type(layer) in (Dense, nn.Linear, nn.Tanh, nn.ReLU) for layer in layers)
-    if not known or any(layer.bias is None for layer in layers if isinstance(layer, nn.Linear)):
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if not known or any(layer.bias is None for layer in linear):
         return False
-    weights = [weight for layer in layers for weight in layer.parameters()]
+    weights = [weight for layer in linear for weight in (layer.weight, layer.bias)]
     fits = all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
     return fits and not any(map(watched, (torso, *layers))) and rows * max(weight.numel() for weight in weights) < _MANY
 
@@ -73,7 +74,7 @@ def _function(layer: nn.Module) -> Callable[[Rows], Rows]:
     weight, bias = layer.weight.detach().numpy().T, layer.bias.detach().numpy()
 
     def dense(rows: Rows) -> Rows:
-        product = rows @ weight
+        product = np.dot(rows, weight)
         product += bias
         return product
 

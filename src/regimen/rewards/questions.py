@@ -177,16 +177,14 @@ class QuestionDiversity(Reward):
     def score(self, rollout: Rollout, scene: Scene) -> Score:
         """The diversity of every proposal."""
         proposed = of_task(rollout, self.task)
-        told = [frozenset(self.tokens(text)) for text in field_of(rollout, "question")]
+        texts, rows = field_of(rollout, "question"), proposed.nonzero().flatten()
+        told = [frozenset(self.tokens(texts[row])) for row in rows.tolist()]
         rate, history = _values(self.rate, rollout, scene), list(self.history)
-        values = [
-            question_diversity(question, history, self.similar) if new else 0.0
-            for question, new in zip(told, proposed.tolist(), strict=True)
-        ]
+        unlike = [question_diversity(question, history, self.similar) for question in told]
         if bool((rate[proposed] > self.low).any()):
-            new_ones = zip(told, proposed.tolist(), strict=True)
-            self.history.extend(question for question, new in new_ones if new and question)
-        return Score.of(torch.tensor(values, device=rollout.mask.device), proposed)
+            self.history.extend(filter(None, told))
+        values = rate.new_zeros(len(rollout)).index_copy(0, rows, rate.new_tensor(unlike))
+        return Score.of(values, proposed)
 
     def save_state(self) -> dict[str, Any]:
         """The history, the oldest question first."""

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from regimen.knobs import Knob
-from regimen.policies.acting import Act, Acted, Actor, logprobs_of
+from regimen.policies.acting import Act, Acted, Actor, joined, logprobs_of
 from regimen.policies.action import acting
 from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
 from regimen.tasks.environments.base import Change, MakeEnv, Observations, VectorEnv
+
+# Steps whose tensors are put together at once: a processor's cache holds those of so many, and not of thousands.
+_AT_HAND = 64
 
 
 class EnvTask:
@@ -241,7 +244,7 @@ class _Stand:
         for _ in range(steps):
             if bool(self.ended.any()):
                 self._start(knobs, _seeds(self.env.count, rng))
-            record.steps.append(self._step(act, alive))
+            record.add(self._step(act, alive))
             if whole:
                 alive = alive & ~self.ended
                 if not bool(alive.any()):
@@ -296,52 +299,95 @@ class _Stand:
         self.episode = {name: value.to(device) for name, value in state["episode"].items()}
 
 
+@dataclass(slots=True)
+class _Laid:
+    """Several steps, put together.
+
+    Attributes:
+        acted: how the policy acted, one step after the other, `[T N, ...]`.
+        columns: `[N, T, ...]` by name; told: those that the environment tells.
+    """
+
+    acted: Acted
+    columns: dict[str, Any]
+    told: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, steps: list[_Step]) -> _Laid:
+        """By the steps, in order."""
+        first, changes = steps[0], [step.change for step in steps]
+        columns = {
+            "mask": _beside([step.alive for step in steps]),
+            "start": _beside([step.begins for step in steps]),
+            "observations": _beside([step.seen for step in steps]),
+            "actions": _beside([step.acted.actions for step in steps]),
+            "next_observations": _beside([change.observations for change in changes]),
+            "env_reward": _beside([change.reward for change in changes]),
+            "terminated": _beside([change.terminated for change in changes]),
+            "truncated": _beside([change.truncated for change in changes]),
+            **{name: _beside([step.episode[name] for step in steps]) for name in first.episode},
+        }
+        told = {name: _beside([change.info[name] for change in changes]) for name in first.change.info}
+        return cls(joined([step.acted for step in steps]), columns, told)
+
+    @classmethod
+    def cat(cls, parts: list[_Laid]) -> _Laid:
+        """All the steps of several."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        columns = {name: torch.cat([part.columns[name] for part in parts], 1) for name in first.columns}
+        told = {name: torch.cat([part.told[name] for part in parts], 1) for name in first.told}
+        return cls(joined([part.acted for part in parts]), columns, told)
+
+
 class _Record:
-    """The steps of a stretch, in order."""
+    """The steps of a stretch, in order; put together a few at a time."""
 
     def __init__(self) -> None:
-        self.steps: list[_Step] = []
+        self._steps: list[_Step] = []
+        self._laid: list[_Laid] = []
 
-    def _mask(self) -> Tensor:
-        return _beside([step.alive for step in self.steps])
+    def add(self, step: _Step) -> None:
+        """One more."""
+        self._steps.append(step)
+        if len(self._steps) == _AT_HAND:
+            self._lay()
+
+    def _lay(self) -> None:
+        self._laid.append(_Laid.of(self._steps))
+        self._steps = []
+
+    def _all(self) -> _Laid:
+        if self._steps:
+            self._lay()
+        return _Laid.cat(self._laid)
 
     def fields(self, rows: int, discount: float, device: torch.device) -> dict[str, Any]:
         """The fields and step columns of a rollout of the first `rows` copies."""
-        steps, first = self.steps, self.steps[0]
-        mask, over = self._mask(), _beside([step.change.terminated for step in steps])
+        laid = self._all()
+        columns = {name: value[:rows] for name, value in laid.columns.items()}
+        told = {name: value[:rows] for name, value in laid.told.items()}
+        mask, over, cut = (columns.pop(name) for name in ("mask", "terminated", "truncated"))
         last = mask & ~pad(mask[:, 1:], (0, 1))
-        cut = _beside([step.change.truncated for step in steps])
-        columns = {
-            "start": _beside([step.begins for step in steps]),
-            "cut": mask & (cut | last) & ~over,
-            "env_reward": _beside([step.change.reward for step in steps]),
-            "next_observations": _beside([step.change.observations for step in steps]),
-            **{name: _beside([step.episode[name] for step in steps]) for name in first.episode},
-            **{name: _beside([step.change.info[name] for step in steps]) for name in first.change.info},
-        }
-        logprobs = logprobs_of([step.acted for step in steps], device)
-        fields: dict[str, Any] = {
+        logprobs = logprobs_of(laid.acted, device)
+        fields = {
             "mask": mask,
             "discount": torch.where(over, 0.0, discount),
-            "observations": _beside([step.seen for step in steps]),
-            "actions": _beside([step.acted.actions for step in steps]),
-            **({} if logprobs is None else {"logprobs": logprobs.to(mask.device)}),
+            "observations": columns.pop("observations"),
+            "actions": columns.pop("actions"),
         }
-        return {
-            **{name: value[:rows] for name, value in fields.items()},
-            "step_columns": {name: value[:rows] for name, value in columns.items()},
-        }
+        if logprobs is not None:
+            fields["logprobs"] = logprobs.view(mask.shape[1], -1).t()[:rows].to(mask.device)
+        return fields | {"step_columns": {**columns, "cut": mask & (cut | last) & ~over, **told}}
 
     def summary(self) -> dict[str, float]:
         """Means over episodes: return, length, and what the environment told in their last step."""
-        mask = self._mask()
-        reward = _beside([step.change.reward for step in self.steps])
-        found = {"return": (reward * mask).sum(1), "length": mask.sum(1)}
+        laid = self._all()
+        mask = laid.columns["mask"]
+        found = {"return": (laid.columns["env_reward"] * mask).sum(1), "length": mask.sum(1)}
         last = mask.sum(1, keepdim=True) - 1
-        for name, told in self.steps[0].change.info.items():
-            if told.ndim == 1:
-                values = _beside([step.change.info[name] for step in self.steps])
-                found[name] = values.gather(1, last).squeeze(1)
+        found |= {name: told.gather(1, last).squeeze(1) for name, told in laid.told.items() if told.ndim == 2}
         return {name: float(value.double().mean()) for name, value in found.items()}
 
 

@@ -65,6 +65,26 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_records(path: str | Path, held_out: int, *needed: str) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, which must be more than are held out, each with the fields needed.
+
+    Raises:
+        ValueError: there are too few lines, or a record lacks a field; see also `read_json_lines`.
+    """
+    records = read_json_lines(path)
+    if len(records) <= held_out:
+        raise ValueError(
+            f"{path} has {len(records)} lines, of which held_out={held_out} are for evaluation and none would be left "
+            f"to train on; expected at least {held_out + 1}"
+        )
+    for number, record in enumerate(records):
+        if absent := [name for name in needed if not record.get(name)]:
+            raise ValueError(
+                f"{path}, record {number}: no '{absent[0]}'; it has {', '.join(record)}, expected {', '.join(needed)}"
+            )
+    return records
+
+
 def read_dataset(name: str, split: str = "train", config: str | None = None) -> list[dict[str, Any]]:
     """The rows of a data set on the Hugging Face hub (or a local folder of one); extra `datasets`.
 

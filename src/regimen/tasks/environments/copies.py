@@ -44,9 +44,8 @@ class Copies:
         if isinstance(self.single_action_space, gymnasium.spaces.Discrete):
             # Python's own numbers are what environments check and compute with fastest.
             actions = actions.tolist()
-        self._seen, reward, terminated, truncated, infos = map(
-            list, zip(*(env.step(action) for env, action in zip(self.envs, actions, strict=True)), strict=True)
-        )
+        changes = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
+        self._seen, reward, terminated, truncated, infos = map(list, zip(*changes, strict=True))
         told = {name: [info.get(name, 0) for info in infos] for name in self._tells}
         return self._observations(), reward, terminated, truncated, told
 

@@ -6,7 +6,7 @@ pixels are to be made; and `condition`: the class to draw (fill), or 10 (extend)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -121,9 +121,16 @@ class InpaintingWorld:
         annotator: the rater that labels; its classifier, a neural network, is fitted on split A.
         evaluator: the same with a logistic regression fitted on split B.
         train, held_out: images `[N, 1, 8, 8]`.
+        width, hidden: of its denoisers and judges.
+        wrong_labels: share of the labels that are turned around.
     """
 
-    def __init__(self, seed: int, held_out: int = 360) -> None:
+    tasks: Sequence[str] = TASKS
+
+    def __init__(
+        self, seed: int, held_out: int = 360, *, width: int = 128, hidden: int = 128, wrong_labels: float = 0.1
+    ) -> None:
+        self.width, self.hidden, self.wrong_labels = width, hidden, wrong_labels
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().view(-1, *SHAPE) / 8 - 1
         labels = torch.from_numpy(digits.target).long()
@@ -137,18 +144,22 @@ class InpaintingWorld:
         linear = ImageClassifier(LogisticRegression(C=0.1, max_iter=500)).fit(images[b], labels[b])
         self.evaluator = Rater(linear, self.train)
 
-    def policy(self, seed: int, width: int = 128) -> FlowPolicy:
+    def policy(self, seed: int) -> FlowPolicy:
         """A small denoiser with random weights; its sampler has no noise."""
         torch.manual_seed(seed)
         channels = 2 * SHAPE[0] + 1
-        network = MLPDenoiser((channels, *SHAPE[1:]), CONDITIONS, width)
+        network = MLPDenoiser((channels, *SHAPE[1:]), CONDITIONS, self.width)
         denoiser = InpaintingDenoiser(network)
         return FlowPolicy(denoiser, SHAPE, sampling_steps=12, evaluation_steps=12, noise_level=0.0)
 
-    def judge(self, seed: int, hidden: int = 128, told: Told = ("task", "criterion")) -> EncoderComparator:
+    def judge(self, seed: int, told: Told = ("task", "criterion")) -> EncoderComparator:
         """A small judge of pairs with random weights."""
         torch.manual_seed(seed + 1)
-        return EncoderComparator(InpaintingEncoder(hidden), hidden, CRITERIA, told)
+        return EncoderComparator(InpaintingEncoder(self.hidden), self.hidden, CRITERIA, told)
+
+    def labelled(self) -> list[SideBySide]:
+        """What judges start to learn from: labelled samples of every task."""
+        return [self.task(name) for name in TASKS]
 
     def supervised(self, task: TaskName | None, wrong: float) -> DatasetTask:
         """Images to learn from, of one task or of all, anew at every draw.
@@ -170,14 +181,11 @@ class InpaintingWorld:
         rows = TensorDict({"image": self.train, "label": self.train_labels}, batch_size=[len(self.train)])
         return DatasetTask(f"{task or 'all'}_data", rows, transform=example)
 
-    def task(
-        self, name: TaskName, wrong: float = 0.1, *, evaluated: str = "policy", judge: str = "reward_model"
-    ) -> SideBySide:
+    def task(self, name: TaskName, *, evaluated: str = "policy", judge: str = "reward_model") -> SideBySide:
         """One task, whose samples are labelled: of sample, prediction and reference the best and the worst.
 
         Args:
             name: of the task.
-            wrong: share of the labels that are turned around.
             evaluated: the member that is measured against the member `base`.
             judge: the comparator whose accuracy is measured.
         """
@@ -187,7 +195,7 @@ class InpaintingWorld:
 
         def annotate(rollout: Rollout, rng: torch.Generator) -> dict[str, Tensor]:
             shown = [rollout[column] for column in CANDIDATES]
-            return labelled_pairs(CRITERIA, self.annotator, rollout, shown, wrong, rng)
+            return labelled_pairs(CRITERIA, self.annotator, rollout, shown, self.wrong_labels, rng)
 
         def measure(cast: Mapping[str, Any], knobs: Mapping[str, float], rng: torch.Generator) -> Evaluation:
             return self._measure(name, cast[evaluated], cast["base"], cast[judge], knobs, rng)

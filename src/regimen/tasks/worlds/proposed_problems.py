@@ -36,7 +36,7 @@ class ProposedProblemsWorld:
         knowledge, test: a JSON-lines file, or the name of a data set on the hub (its splits `train` and `test`).
         lora_rank: of the adapters that are trained; `None` to train all weights.
         dtype: of the weights.
-        max_new_tokens: longest answer, of both roles.
+        max_new_tokens: longest answer, of both roles; temperature: at which both are sampled in training.
         held_out: the first rows of `test`.
     """
 
@@ -47,6 +47,7 @@ class ProposedProblemsWorld:
     dtype: str = "bfloat16"
     max_new_tokens: int = 6144
     held_out: int = 500
+    temperature: float = 0.6
 
     read_answer = staticmethod(boxed_text)
     rules = ("missing", "answer_in_question", "question_in_answer", "boxed")
@@ -69,6 +70,7 @@ class ProposedProblemsWorld:
             options={"dtype": getattr(torch, self.dtype)},
             chat=AutoTokenizer.from_pretrained(self.model).chat_template is not None,
             max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
         )
 
     def play(self, proposals: int, answers: int, proposer: str = PROPOSER) -> DualPlayTask:

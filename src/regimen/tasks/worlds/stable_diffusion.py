@@ -19,13 +19,13 @@ from torch import Tensor
 from regimen.functions.geneval import Detections, geneval_score, requirements_from_metadata
 from regimen.functions.images import closeness
 from regimen.models.sd3 import SD3Denoiser
-from regimen.models.sd3_pipeline import FrozenPipeline, SD3Conditioner, save_only_trained
+from regimen.models.sd3_pipeline import SD3Conditioner, frozen_sd3, save_only_trained
 from regimen.policies.flow import FlowPolicy
 from regimen.rollout import Rollout
 from regimen.tasks.base import Evaluation
 from regimen.tasks.dataset import DatasetTask
 from regimen.tasks.prompts import PromptTask
-from regimen.tasks.text import read_json_lines
+from regimen.tasks.text import read_records
 
 Detector = Callable[[Tensor], Detections]
 
@@ -88,10 +88,10 @@ class StableDiffusionWorld:
         self.evaluator, self.judge = evaluator, judge
         self.texts: list[str] = []
         self.paths: list[Path] = []
-        records = _lines(prompts, held_out, "prompt", "include")
+        records = read_records(prompts, held_out, "prompt", "include")
         demands = _demands(records, [labels] if labels else [_labels(d) for d in (evaluator, judge) if d is not None])
         captions = self._contexts([r["prompt"] for r in records], demands)
-        lines, folder = _lines(edits, held_out, "source", "instruction"), Path(edits).parent
+        lines, folder = read_records(edits, held_out, "source", "instruction"), Path(edits).parent
         changes = self._contexts(
             [r["instruction"] for r in lines],
             torch.zeros_like(demands[:1]).expand(len(lines), -1, -1),
@@ -104,7 +104,7 @@ class StableDiffusionWorld:
         )
         self.edits, self.held_out_edits = changes[: len(changes) - held_out], changes[len(changes) - held_out :]
         self.pairs = None if pairs is None else self._pairs(Path(pairs), demands[:1])
-        self.frozen = FrozenPipeline.from_pretrained(model, self.texts, self.paths, resolution, dtype)
+        self.frozen = frozen_sd3(model, self.texts, self.paths, resolution, dtype)
 
     def policy(self, seed: int) -> FlowPolicy:
         """The pipeline's transformer with fresh adapters, which alone are trained and saved."""
@@ -196,7 +196,7 @@ class StableDiffusionWorld:
         return Evaluation(metrics, {"source_result_target": shown})
 
     def _pairs(self, path: Path, demands: Tensor) -> TensorDict:
-        lines = _lines(path, 0, "image", "caption")
+        lines = read_records(path, 0, "image", "caption")
         context = self._contexts(
             [r["caption"] for r in lines],
             torch.zeros_like(demands).expand(len(lines), -1, -1),
@@ -226,22 +226,6 @@ class StableDiffusionWorld:
             return -1
         self.paths.append(path)
         return len(self.paths) - 1
-
-
-def _lines(path: str | Path, held_out: int, *needed: str) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, which must be more than are held out, each with the fields needed."""
-    records = read_json_lines(path)
-    if len(records) <= held_out:
-        raise ValueError(
-            f"{path} has {len(records)} lines, of which held_out={held_out} are for evaluation and none would be left "
-            f"to train on; expected at least {held_out + 1}"
-        )
-    for number, record in enumerate(records):
-        if absent := [name for name in needed if not record.get(name)]:
-            raise ValueError(
-                f"{path}, record {number}: no '{absent[0]}'; it has {', '.join(record)}, expected {', '.join(needed)}"
-            )
-    return records
 
 
 def _labels(detector: Detector) -> list[str]:

@@ -54,7 +54,8 @@ class UserGoals:
 
     def answers(self, rows: TensorDict, first: Tensor, second: Tensor) -> Tensor:
         """What the users in rows with a column `user` say of pairs `[B, N, L, 2]`, without noise (an `Answer`)."""
-        return (distance(second, rows["user"]) > distance(first, rows["user"])).sum(-1).to(first.dtype)
+        difference = (distance(second, rows["user"]) - distance(first, rows["user"])).sum(-1)
+        return (difference > 0).to(first.dtype)
 
     def sets(self, count: int, pairs: int, rng: torch.Generator) -> TensorDict:
         """Rows of `preference_rows`: users, each asked about pairs of places, uniform in the square."""
