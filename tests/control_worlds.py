@@ -115,7 +115,7 @@ class Coin:
     knobs = ()
 
     def act(self, observations: Any, memory: Any, begins: Tensor, knobs: Any, rng: torch.Generator) -> Any:
-        from regimen.policies.action import Acted
+        from regimen.policies.acting import Acted
 
         actions = torch.randint(2, begins.shape, generator=rng)
         return Acted(actions, torch.full(begins.shape, 0.5).log())

@@ -19,7 +19,7 @@ from regimen.models import ValueNetwork
 from regimen.models.torsos import torso_for
 from regimen.objectives import ClippedSurrogateObjective, EntropyBonus, ReinforceObjective, SFTObjective, ValueObjective
 from regimen.policies import ActionPolicy
-from regimen.policies.action import CategoricalHead
+from regimen.policies.heads import CategoricalHead
 from regimen.rewards import EnvironmentReward
 from regimen.rollout import Rollout
 from regimen.tasks import DatasetTask, EnvTask

@@ -13,7 +13,8 @@ from regimen.credit import GAE, GroupRelativeAdvantage, RewardRedistribution
 from regimen.knobs import Knob, Knobs
 from regimen.models.torsos import MLPTorso
 from regimen.objectives import Batch, ppo
-from regimen.policies.action import ActionPolicy, CategoricalHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import CategoricalHead
 from regimen.rewards import GroundingReward, OutcomeReward, Scene, judge
 from regimen.rollout import Rollout
 

@@ -9,7 +9,8 @@ from regimen.cast import Cast, ReferenceRefresh
 from regimen.loop import train
 from regimen.models import DiscreteCritics, OneHotTorso, ValueNetwork
 from regimen.objectives import TotalVariation, iql
-from regimen.policies.action import ActionPolicy, CategoricalHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import CategoricalHead
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import EnvironmentReward
 from regimen.tasks import DatasetTask, transition_rows

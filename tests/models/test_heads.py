@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from regimen.models import MLPTorso, MultiHead, Tower, ValueHead, ValueNetwork, WithTasks
-from regimen.policies.action import ActionPolicy, CategoricalHead, GaussianHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import CategoricalHead, GaussianHead
 from regimen.rollout import Rollout
 
 TASKS, SEEN = 3, 5

@@ -27,7 +27,8 @@ from regimen.objectives import (
     iql,
 )
 from regimen.objectives.base import Batch
-from regimen.policies.action import ActionPolicy, GaussianHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import GaussianHead
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import EnvironmentReward
 from regimen.rollout import Rollout

@@ -16,8 +16,8 @@ from regimen.memory import NewestRollout
 from regimen.models.torsos import MLPTorso, OneHotTorso
 from regimen.objectives import InverseDynamicsObjective
 from regimen.objectives.base import Batch, Loss
-from regimen.policies.action import CategoricalHead, GaussianHead
 from regimen.policies.distributions import Categorical
+from regimen.policies.heads import CategoricalHead, GaussianHead
 from regimen.rollout import Rollout
 from regimen.update import Update
 

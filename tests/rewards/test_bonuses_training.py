@@ -19,7 +19,8 @@ from regimen.loop import Outcome, train
 from regimen.models.torsos import MLPTorso, OneHotTorso
 from regimen.models.value_network import ValueNetwork
 from regimen.objectives import FeatureDistillation, InverseDynamicsObjective, ppo
-from regimen.policies.action import ActionPolicy, CategoricalHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import CategoricalHead
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import (
     CountBonus,

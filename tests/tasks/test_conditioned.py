@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regimen.checkers import check
 from regimen.models import DictTorso, LatentReward, MLPTorso, PairEncoder
-from regimen.policies.action import ActionPolicy, GaussianHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import GaussianHead
 from regimen.policies.personal import PersonalPolicy
 from regimen.tasks import Conditioned, DatasetTask, EnvTask, StoredUsers
 from regimen.tasks.environments.tensor import UserSquare

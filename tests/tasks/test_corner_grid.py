@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from regimen.models import OneHotTorso
-from regimen.policies.action import ActionPolicy, CategoricalHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import CategoricalHead
 from regimen.tasks.worlds.corner_grid import CornerGrid
 
 

@@ -14,7 +14,8 @@ from regimen.cast import Cast
 from regimen.loop import train
 from regimen.models import MLPTorso, QNetwork, ValueNetwork
 from regimen.objectives import ChiSquare, iql
-from regimen.policies.action import ActionPolicy, GaussianHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import GaussianHead
 from regimen.policies.uniform import UniformPolicy
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import EnvironmentReward

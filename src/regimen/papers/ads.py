@@ -26,7 +26,8 @@ from regimen.models import FrameCosts, QNetwork, Temperature
 from regimen.models.torsos import torso_for
 from regimen.models.value_head import ValueHead
 from regimen.objectives import ReinforceObjective, ValueObjective, sac
-from regimen.policies.action import ActionPolicy, CategoricalHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import CategoricalHead
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import OptimalTransportReward
 from regimen.rollout import Rollout

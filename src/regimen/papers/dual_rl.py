@@ -33,8 +33,9 @@ from regimen.objectives import (
     TDObjective,
     TotalVariation,
 )
-from regimen.policies.action import ActionPolicy, CategoricalHead
+from regimen.policies.action import ActionPolicy
 from regimen.policies.bounded import BoundedMeanHead
+from regimen.policies.heads import CategoricalHead
 from regimen.policies.uniform import UniformPolicy
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import EnvironmentReward

@@ -30,7 +30,8 @@ from regimen.objectives import (
     ValueObjective,
     ppo,
 )
-from regimen.policies.action import ActionPolicy, CategoricalHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import CategoricalHead
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import (
     CountBonus,

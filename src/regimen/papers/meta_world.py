@@ -22,7 +22,8 @@ from regimen.lab.experiment import Arm, Claim, Paper, SeedResults
 from regimen.models import MLPTorso, MultiHead, Tower, ValueNetwork, WithTasks
 from regimen.models.torsos import orthogonal
 from regimen.objectives import SFTObjective, ppo
-from regimen.policies.action import ActionPolicy, GaussianHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import GaussianHead
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import EnvironmentReward, NormalizedReward, SuccessReward
 from regimen.tasks import EnvTask, ParallelTask, Suite

@@ -22,7 +22,8 @@ from regimen.models.q_network import QNetwork
 from regimen.models.torsos import DictTorso, MLPTorso
 from regimen.models.value_network import ValueNetwork
 from regimen.objectives import Expectile, VariationalPreferenceObjective, iql
-from regimen.policies.action import ActionPolicy, GaussianHead
+from regimen.policies.action import ActionPolicy
+from regimen.policies.heads import GaussianHead
 from regimen.policies.personal import PersonalPolicy
 from regimen.regimen import Regimen, Stage
 from regimen.rewards import NormalizedReward, Reward, VariationalReward, WinProbabilityReward

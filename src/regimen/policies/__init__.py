@@ -1,6 +1,7 @@
 """Policies: anything that can sample and, where possible, score its samples."""
 
-from regimen.policies.action import Acted, ActionPolicy, ActionSteps, CategoricalHead, GaussianHead
+from regimen.policies.acting import Acted
+from regimen.policies.action import ActionPolicy, ActionSteps
 from regimen.policies.base import Policy, StepDistribution, logprob
 from regimen.policies.flow import Denoiser, FlowPolicy, GaussianSteps
 from regimen.policies.forecast import (
@@ -11,6 +12,7 @@ from regimen.policies.forecast import (
     TrajectoryForecaster,
 )
 from regimen.policies.guided import GuidedDecoding
+from regimen.policies.heads import CategoricalHead, GaussianHead
 from regimen.policies.multi_head import MultiHeadPolicy
 from regimen.policies.q_policy import QPolicy
 from regimen.policies.token import TokenPolicy

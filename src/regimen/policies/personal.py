@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regimen.models.latent_reward import LatentReward, Pairs
 from regimen.models.torsos import Observations
-from regimen.policies.action import Acted, Actor
+from regimen.policies.acting import Acted, Actor
 
 
 class PersonalPolicy:

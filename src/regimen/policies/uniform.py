@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regimen.knobs import Knob
 from regimen.models.torsos import Observations
-from regimen.policies.action import Acted
+from regimen.policies.acting import Acted
 
 
 class UniformPolicy:

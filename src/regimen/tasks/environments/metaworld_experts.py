@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regimen.knobs import Knob
-from regimen.policies.action import Acted
+from regimen.policies.acting import Acted
 from regimen.tasks.environments.metaworld import OBSERVED, tasks_of
 
 

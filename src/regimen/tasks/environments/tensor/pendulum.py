@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regimen.functions.categorical import row_uniform
 from regimen.knobs import Knob
-from regimen.policies.action import Acted
+from regimen.policies.acting import Acted
 from regimen.tasks.environments.base import Observations
 from regimen.tasks.environments.tensor.base import TensorEnv
 
