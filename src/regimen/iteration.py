@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regimen.controllers.base import Controller, Moment, Situation, needs_of
 from regimen.functions.aggregate import mean_of
@@ -96,8 +97,9 @@ class StageRun:
         rollout = self._judge(rollout, metrics)
         self._adapt("after_judge", step, metrics)
         if self.stage.credit is not None:
-            rollout = self.stage.credit(rollout, self.board, self.cast)
-            metrics.update(advantage_metrics(rollout))
+            judged = rollout
+            rollout = self.stage.credit(judged, self.board, self.cast)
+            metrics.update(credit_metrics(judged, rollout))
         self.memory.add(rollout)
         self._adapt("before_learn", step, metrics, counters)
         in_force |= {f"knob/{name}": self.board[name] for name in self._moved("before_learn")}
@@ -264,9 +266,16 @@ def reward_metrics(rollout: Rollout, report: JudgeReport) -> dict[str, float]:
     return metrics
 
 
-def advantage_metrics(rollout: Rollout) -> dict[str, float]:
-    """Mean and mean size of the advantages that the objectives read, over the steps that are learned from."""
-    if rollout.advantages is None or rollout.advantages.ndim != 2:
-        return {}
-    learned = rollout.advantages[rollout.loss_mask]
-    return {"advantage/mean": float(mean_of(learned)), "advantage/size": float(mean_of(learned.abs()))}
+def credit_metrics(judged: Rollout, credited: Rollout) -> dict[str, float]:
+    """Over the steps that are learned from: mean and mean size of the advantages, and means of the columns `[B, T]`
+    that the credit added, as `credit/<column>`.
+    """
+    metrics, learned = {}, credited.loss_mask
+    if credited.advantages is not None and credited.advantages.ndim == 2:
+        advantages = credited.advantages[learned]
+        metrics = {"advantage/mean": float(mean_of(advantages)), "advantage/size": float(mean_of(advantages.abs()))}
+    known = set(judged.step_columns.keys())
+    for name, column in credited.step_columns.items():
+        if name not in known and isinstance(column, Tensor) and column.shape == learned.shape:
+            metrics[f"credit/{name}"] = float(mean_of(column[learned]))
+    return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from regimen.checkers import check
 from regimen.credit import GAE, GroupRelativeAdvantage, RewardRedistribution
+from regimen.iteration import credit_metrics
 from regimen.knobs import Knob, Knobs
 from regimen.models.torsos import MLPTorso
 from regimen.objectives import Batch, ppo
@@ -127,6 +129,21 @@ def test_an_estimator_that_fits_badly_is_not_followed(misfit: float) -> None:
     with pytest.warns(UserWarning, match="the misfit of 'estimator' is .* above the gate of 0.5; the reward is not"):
         found = returns(credit, rollout, cast)
     assert found.tolist() == [[1.0, 1.0]]
+
+
+def test_the_log_says_whether_the_gate_was_open() -> None:
+    rollout = episodes([[0.0, 1.0]])
+    for misfit, expected in ((0.1, 1.0), (0.6, 0.0)):
+        credit, cast = (
+            RewardRedistribution(inner=PLAIN, fallback=PLAIN),
+            CRITIC | {"estimator": Says([[0.75, 0.25]], misfit)},
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            credited = credit(rollout, {"alpha": 1.0}, cast)
+        logged = credit_metrics(rollout, credited)
+        assert logged["credit/redistributed"] == expected
+        assert logged.get("credit/contributions", 0.5) == pytest.approx(0.5)
 
 
 def test_the_gate_is_passed_by_a_good_fit_and_by_one_who_tells_nothing() -> None:

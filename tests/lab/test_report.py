@@ -207,6 +207,15 @@ def test_arms_keep_their_colours_and_the_method_stands_out() -> None:
     assert len(set(chosen.values())) == 4
 
 
+def test_no_two_lines_of_a_figure_look_alike() -> None:
+    shades = [*plots.COLOURS, *plots.COLOURS, plots.START, plots.START]
+    curves = [plots.Curve(f"arm {number}", shade, [0, 1], [0, 1]) for number, shade in enumerate(shades)]
+    curves.append(plots.Curve("level", plots.START, [0, 1], [1, 1], dashed=True))
+    (axes,) = plots.lines(curves, "", "", "").axes
+    looks = {(line.get_color(), str(line._dash_pattern)) for line in axes.get_lines()}
+    assert len(looks) == len(curves)
+
+
 def test_a_metric_that_an_arm_never_has_leaves_its_column_of_the_matrix_empty(recwarn: pytest.WarningsRecorder) -> None:
     figure = plots.matrix("arm", ["start", "after fit"], ["error", "isolated"], [[math.nan, math.nan], [0.2, math.nan]])
     assert [text.get_text() for text in figure.axes[0].texts] == ["–", "–", "0.20", "–"]

@@ -70,7 +70,9 @@ class RewardRedistribution:
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, knobs: Mapping[str, float], cast: Mapping[str, Any]) -> Rollout:
-        """The rollout with the advantages of `inner`, and the column `contributions [B, T]`.
+        """The rollout with the advantages of `inner`, and the columns `contributions [B, T]` and `redistributed`.
+
+        The latter is true everywhere, or nowhere if the gate is shut, and `credit/redistributed` in the log says so.
 
         Raises:
             ValueError: there is no reward, or no such component; the cast lacks the member.
@@ -78,7 +80,8 @@ class RewardRedistribution:
         if rollout.reward is None:
             raise ValueError("RewardRedistribution: the rollout has no reward; give the stage a reward that trains")
         if not self._trusts(cast):
-            return (self.fallback or self.inner)(rollout, knobs, cast)
+            refused = (self.fallback or self.inner)(rollout, knobs, cast)
+            return refused.with_step_columns(redistributed=torch.zeros_like(rollout.mask))
         total = _per_step(rollout.reward, rollout)
         replaced = total if self.final is None else self._component(self.final, rollout, knobs)
         ends = action_ends(rollout.mask, rollout.loss_mask, rollout.segment)
@@ -87,7 +90,9 @@ class RewardRedistribution:
         if self.step_weight == "remaining_actions":
             paid = paid * remaining_actions(ends)
         credited = self.inner(rollout.replace(reward=paid), knobs, cast)
-        return credited.replace(reward=rollout.reward).with_step_columns(contributions=contributions)
+        return credited.replace(reward=rollout.reward).with_step_columns(
+            contributions=contributions, redistributed=rollout.mask
+        )
 
     @property
     def _alpha(self) -> Knob:

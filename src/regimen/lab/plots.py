@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5BA6", "#8C8C00", "#4D4D4D")
 METHOD, START = "#D55E00", "#555555"
+PATTERNS: tuple[Any, ...] = ("solid", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+"""Of lines that share a colour with others in their figure."""
+DASHED = (0, (5, 3))
 VERDICTS = {"holds": "#00795a", "unclear": "#8a6d00", "does not hold": "#c0392b"}
 INK, FAINT = "#222222", "#D9D9D9"
 _DPI = 150
@@ -84,10 +88,11 @@ def lines(curves: Sequence[Curve], title: str, x_label: str, y_label: str, steps
     """Lines with their bands over a common axis."""
     figure = _figure(_WIDTH, 3.1 + 0.2 * math.ceil(len(curves) / 2))
     axes = figure.subplots()
-    for curve in sorted(curves, key=lambda curve: curve.strong):
+    patterns = _patterns(curves)
+    for curve, pattern in sorted(zip(curves, patterns, strict=True), key=lambda pair: pair[0].strong):
         style: dict[str, Any] = {"drawstyle": "steps-post"} if steps else {}
         style["linewidth"] = 2.4 if curve.strong else 1.6
-        style["linestyle"] = (0, (5, 3)) if curve.dashed else "solid"
+        style["linestyle"] = pattern
         if len(curve.x) == 1:
             style["marker"] = "o"
         axes.plot(curve.x, curve.y, color=curve.colour, label=curve.label, **style)
@@ -108,6 +113,16 @@ def lines(curves: Sequence[Curve], title: str, x_label: str, y_label: str, steps
         loc="outside lower left", ncols=2, fontsize=7, frameon=False,
     )  # fmt: skip
     return figure
+
+
+def _patterns(curves: Sequence[Curve]) -> list[Any]:
+    """How each line is drawn, so that no two of one colour look alike."""
+    seen = Counter[str]()
+    patterns = []
+    for curve in curves:
+        patterns.append(DASHED if curve.dashed else PATTERNS[seen[curve.colour] % len(PATTERNS)])
+        seen[curve.colour] += not curve.dashed
+    return patterns
 
 
 def matrix(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
