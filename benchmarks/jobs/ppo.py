@@ -159,10 +159,10 @@ JOBS = [
         "ppo-cartpole",
         CARTPOLE,
         2.0,
-        "The price of calls on small arrays. A step of four copies takes 80 us at best: gymnasium's part is 27 us and "
-        "acting 20 us (46 us by torch's modules); a new start takes 27 us. A gradient step takes 0.86 ms at best: the "
-        "products and tanh of two networks are 0.35 ms, and the rest some 400 calls for losses, metrics, the norm and "
-        "the optimiser.",
+        "The price of calls on small arrays. A step of four copies takes some 70 us at best: gymnasium's part is 19 "
+        "us, acting 19 us, and a new start, in one step of six, 21 us. A gradient step is 243 operations, 103 of them "
+        "of the backward pass: the products and tanh of two networks are 0.35 ms, Adam is 0.06 ms, nearly all of it a "
+        "wrapper.",
     ),
     job(
         "ppo-halfcheetah",

@@ -62,8 +62,10 @@ def _measured(watch: Watch, lengths: set[int]) -> Measurement:
 
 
 BOUND = (
-    "Matrix products of 128 rows, and each row's own keys and values; a prompt's are read once for its 8 rows. "
-    "`python -m benchmarks.profile sampling-1M` gives the shares."
+    "Each row's own keys and values (6 MB per token at 0.15M, more than a core's second cache), which a prompt's, "
+    "read once for its 8 rows, do not have; products of 128 rows, a fifth of a token's time at 0.15M and over half at "
+    "7M; and some 600 calls. `torch.compile` of a step was twice as slow as these calls. `python -m "
+    "benchmarks.profile sampling-1M` gives the shares."
 )
 
 JOBS = [
