@@ -155,7 +155,7 @@ def test_without_an_encoder_the_reward_is_one_for_all() -> None:
     assert found.mean.shape == (5, 0)
     assert torch.equal(found.kl(model.prior), torch.zeros(5))
     state = torch.randn(1, STATES).expand(5, -1)
-    assert float(model.score(state, found.mean).std()) == pytest.approx(0, abs=1e-6)
+    assert model.score(state, found.mean).std().item() == pytest.approx(0, abs=1e-6)
 
 
 def test_a_soft_prompt_of_text_features_is_a_segment_of_one_state() -> None:

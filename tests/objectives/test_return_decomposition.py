@@ -82,7 +82,7 @@ def test_padding_changes_no_contribution(recurrent: int | None) -> None:
     longer = estimator(rollout.padded(9))
     assert torch.allclose(longer[:, :5], estimator(rollout), atol=1e-6)
     assert not bool(longer[:, 5:].any())
-    assert float(loss_of(estimator, rollout.padded(9))) == pytest.approx(float(loss_of(estimator, rollout)), rel=1e-5)
+    assert loss_of(estimator, rollout.padded(9)).item() == pytest.approx(loss_of(estimator, rollout).item(), rel=1e-5)
 
 
 def test_a_network_learns_the_credit_of_steps_from_sums() -> None:
