@@ -267,7 +267,7 @@ def test_a_stretch_put_together_in_parts_is_that_of_one_piece(
         return collected(task, 2, policy), task.evaluate({"policy": policy}, Knobs.of(policy, task), rng)
 
     whole, evaluated = found()
-    monkeypatch.setattr("regimen.tasks.env._AT_HAND", at_hand)
+    monkeypatch.setattr("regimen.tasks.stretch._AT_HAND", at_hand)
     parts, again = found()
     for one, other in zip(whole, parts, strict=True):
         same(one, other)
